@@ -1,0 +1,87 @@
+"""All settings of all processes, read once from the environment (prefix ``UORA_``)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+class DatabaseSettings(BaseSettings):
+    """Where the database is. Migrations need no more, and no secret."""
+
+    model_config = SettingsConfigDict(env_prefix="UORA_", env_file=".env", extra="ignore")
+
+    #: Where the embedded default keeps its database, files and queue.
+    home: Path = Path(".uora")
+    #: SQLAlchemy URL; empty means SQLite below ``home``.
+    database_url: str = ""
+
+    @model_validator(mode="after")
+    def _fill_database_url(self) -> Self:
+        self.home = self.home.resolve()
+        self.database_url = self.database_url or f"sqlite:///{self.home / 'uora.db'}"
+        return self
+
+
+class Settings(DatabaseSettings):
+    """Settings shared by api, trainer, sweeper and engine.
+
+    Everything has a default but the engine token; with the defaults, SQLite and files below ``home`` are used
+    and no server has to be installed.
+    """
+
+    #: Celery broker URL; empty means kombu's filesystem transport below ``home``.
+    broker_url: str = ""
+    #: Uploaded files; empty means below ``home``. Trainers must see the same folder.
+    storage_dir: Path | None = None
+    #: Converted base models and frames. Everything in it can be made again.
+    cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "uora")
+
+    #: Base models that can be tuned and served: name -> source (see ``uora.models``).
+    base_models: dict[str, str] = Field(default_factory=lambda: {SMOLLM2: f"known:{SMOLLM2}"})
+    #: The one base model that this process's engine serves; empty means the first of ``base_models``.
+    engine_base_model: str = ""
+    engine_url: str = "http://127.0.0.1:8001"
+    #: Shared secret between api and engine. It has no default: both refuse to start without it.
+    engine_token: SecretStr
+    engine_timeout: timedelta = timedelta(seconds=120)
+    #: Rows decoded together, and tokens (prompt and answer) that one row may have.
+    engine_max_rows: int = Field(default=32, ge=1)
+    engine_max_tokens: int = Field(default=2048, ge=16)
+
+    #: "auto" takes bfloat16 where the processor has it, else float32.
+    dtype: str = Field(default="auto", pattern="^(auto|bfloat16|float32)$")
+    #: torch threads of a trainer or engine; 0 leaves torch's own choice.
+    torch_threads: int = Field(default=0, ge=0)
+
+    max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    #: Every other request body.
+    max_json_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    #: A trainer's claim on a job, renewed every ``heartbeat_interval``; when it runs out, the job is free.
+    lease_ttl: timedelta = timedelta(seconds=30)
+    heartbeat_interval: timedelta = timedelta(seconds=2)
+    #: How often the sweeper rings again for jobs that nobody works on.
+    sweep_interval: timedelta = timedelta(seconds=15)
+    #: From SIGTERM to SIGKILL when a training child is stopped.
+    stop_grace: timedelta = timedelta(seconds=2)
+    #: Claims of one job before it fails as ``trainer_lost``.
+    max_attempts: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _fill_paths(self) -> Self:
+        self.cache_dir = self.cache_dir.expanduser().resolve()
+        self.storage_dir = (self.storage_dir or self.home / "files").resolve()
+        self.broker_url = self.broker_url or "filesystem://"
+        self.engine_base_model = self.engine_base_model or next(iter(self.base_models), "")
+        return self
+
+    @property
+    def queue_dir(self) -> Path:
+        """Folder of the filesystem broker."""
+        return self.home / "queue"

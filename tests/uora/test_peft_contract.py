@@ -1,0 +1,61 @@
+"""What of PEFT's private half ``uora.tuner._peft`` leans on: a PEFT upgrade that changes it fails here, readably."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+from peft import PeftModel, VeraConfig, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import PeftType
+
+from tests.uora.toys import VOCABULARY, llama, output
+from uora.tuner import UoraModel
+from uora.tuner._peft import register
+
+SIGNATURES = {
+    "_create_and_replace": [
+        "self", "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name",
+    ],
+    "inject_adapter": ["self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"],
+    "_pre_injection_hook": ["self", "model", "config", "adapter_name"],
+    "_get_adapter_state_dict": ["model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"],
+    "_remap_adapter_state_dict_for_load": ["model", "config", "adapter_name", "state_dict"],
+}  # fmt: skip
+
+
+def test_version_bound() -> None:
+    assert version("peft").startswith("0.21.")
+
+
+@pytest.mark.parametrize(("hook", "arguments"), SIGNATURES.items())
+def test_hook_signatures(hook: str, arguments: list[str]) -> None:
+    assert list(inspect.signature(getattr(BaseTuner, hook)).parameters) == arguments
+
+
+def test_forward_hook_is_called_only_where_the_tuner_has_one() -> None:
+    assert "_enable_peft_forward_hooks" in inspect.getsource(PeftModel._enable_peft_forward_hooks)
+
+
+def test_buffer_dict_takes_persistence() -> None:
+    assert list(inspect.signature(BufferDict.__init__).parameters) == ["self", "buffers", "persistent"]
+
+
+def test_peft_ships_no_uora() -> None:
+    assert "UORA" not in inspect.getsource(PeftType)
+
+
+def test_registering_twice_is_harmless_and_a_foreign_owner_is_not() -> None:
+    assert register("uora", config_cls=object, model_cls=UoraModel) is PeftType["UORA"]
+    with pytest.raises(RuntimeError, match="own UORA"):
+        register("uora", config_cls=object, model_cls=BaseTuner)
+
+
+def test_vera_ignores_adapter_names() -> None:
+    # The reason why UoraModel has a forward hook of its own. When this fails, PEFT has mended it: look at both again.
+    model = get_peft_model(llama(), VeraConfig(r=4, target_modules=["q_proj"])).eval()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    assert torch.equal(output(model, ids, adapter_names=["no", "such", "names"]), output(model, ids))

@@ -1,0 +1,277 @@
+"""UORA as a PEFT method: one list of behaviours over small models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import RobertaConfig, RobertaModel
+
+from tests.uora.toys import PROVENANCE, TOYS, VOCABULARY, adapted, llama, output, randomise
+from uora.artifact import loads
+from uora.convert import write_lora
+from uora.errors import AdapterNotFoundError, FingerprintError, ShapeError, SpecError
+from uora.tuner import UoraConfig, export_artifact, load_artifact, reinitialise
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+each_toy = pytest.mark.parametrize("toy", list(TOYS))
+
+
+def hit(model: PeftModel) -> None:
+    """Hits of several depths on one adapter, as training would leave them."""
+    hits = model.base_model.uora_hits["default"]
+    hits.copy_(torch.arange(len(hits)) % 3)
+
+
+@each_toy
+def test_starts_as_the_base_model(toy: str) -> None:
+    build, targets = TOYS[toy]
+    base = output(build(), IDS)
+    torch.testing.assert_close(output(get_peft_model(build(), UoraConfig(r=8, target_modules=targets)), IDS), base)
+
+
+@each_toy
+@pytest.mark.parametrize("hits", [False, True])
+@pytest.mark.parametrize("r", [8, 40])  # 40 exceeds some of the sides
+def test_forward_is_merge_is_lora_in_stock_peft(toy: str, hits: bool, r: int, tmp_path: Path) -> None:
+    model = adapted(toy, r=r)
+    if hits:
+        hit(model)
+    expected = output(model, IDS)
+    with model.disable_adapter():
+        assert (output(model, IDS) - expected).abs().max() > 1e-3  # the adapter does something
+    write_lora(loads(export_artifact(model, provenance=PROVENANCE)), tmp_path)
+    lora = PeftModel.from_pretrained(TOYS[toy][0](), tmp_path).eval()
+    torch.testing.assert_close(output(lora, IDS), expected, atol=1e-5, rtol=1e-5)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(output(model, IDS), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(output(model, IDS), expected, atol=1e-5, rtol=1e-5)
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(output(unloaded, IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+@each_toy
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_save_pretrained_round_trip_is_exact(toy: str, low_memory: bool, tmp_path: Path) -> None:
+    model = adapted(toy)
+    hit(model)
+    model.save_pretrained(tmp_path)
+    stored = (tmp_path / "adapter_model.safetensors").stat().st_size
+    matrices = sum(p.numel() for n, p in model.named_parameters() if "uora_lambda" not in n)
+    assert stored < matrices  # no frame was written
+    loaded = PeftModel.from_pretrained(TOYS[toy][0](), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    assert torch.equal(output(loaded, IDS), output(model, IDS))
+
+
+@each_toy
+def test_artifact_round_trip_is_exact(toy: str) -> None:
+    model = adapted(toy)
+    hit(model)
+    stored = export_artifact(model, provenance=PROVENANCE)
+    loaded = load_artifact(TOYS[toy][0](), loads(stored)).eval()
+    assert torch.equal(output(loaded, IDS), output(model, IDS))
+    again = load_artifact(TOYS[toy][0](), loads(stored))
+    assert loads(export_artifact(again, provenance=PROVENANCE)).manifest.modules == loads(stored).manifest.modules
+
+
+@each_toy
+def test_mixed_batch_is_row_by_row(toy: str) -> None:
+    model = adapted(toy)
+    hit(model)
+    model.add_adapter("two", UoraConfig(r=5, target_modules=TOYS[toy][1], frame_seed=9))
+    model.add_adapter("three", UoraConfig(r=8, target_modules=TOYS[toy][1]))
+    for seed, name in enumerate(("two", "three")):
+        randomise(model, name, seed + 5)
+    model.eval()
+    rows = [0, 1, 2, 0, 1]
+    names = ["two", "default", "__base__", "three", "two"]
+    mixed = output(model, IDS[rows], adapter_names=names)
+    for row, (index, name) in enumerate(zip(rows, names, strict=True)):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = output(model, IDS[index : index + 1])
+        else:
+            model.set_adapter(name)
+            alone = output(model, IDS[index : index + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_with_rows_of_different_adapters() -> None:
+    model = adapted()
+    model.add_adapter("two", UoraConfig(r=8, target_modules="all-linear"))
+    randomise(model, "two", 7)
+    model.eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    names = ["default", "two", "__base__"]
+    mixed = model.generate(input_ids=IDS, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        alone = model.generate(input_ids=IDS[row : row + 1], adapter_names=[name], **options)
+        assert mixed[row].tolist() == alone[0].tolist()
+
+
+def test_unknown_names_lengths_and_modes_are_refused() -> None:
+    model = adapted()
+    with pytest.raises(AdapterNotFoundError, match="zwo"):
+        model(IDS, adapter_names=["default", "zwo", "default"])
+    with pytest.raises(AdapterNotFoundError, match="1 names for 3 rows"):
+        model(IDS, adapter_names=["default"])
+    with pytest.raises(ValueError, match="inference only"):
+        model.train()(IDS, adapter_names=["default"] * 3)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge first"):
+        model(IDS, adapter_names=["default"] * 3)
+
+
+def test_a_forward_that_raises_leaves_nothing_behind() -> None:
+    model = adapted()
+    model.add_adapter("two", UoraConfig(r=8, target_modules="all-linear"))
+    randomise(model, "two", 7)
+    model.eval()
+    expected = output(model, IDS)  # the active adapter is "default"
+    with pytest.raises(IndexError):
+        model(IDS + 10 * VOCABULARY, adapter_names=["two"] * 3)
+    assert torch.equal(output(model, IDS), expected)
+
+
+def test_second_adapter_delete_and_deepcopy() -> None:
+    model = adapted()
+    expected = output(model, IDS)
+    model.add_adapter("two", UoraConfig(r=4, target_modules=["q_proj"], frame_seed=1))
+    assert torch.equal(output(model.eval(), IDS), expected)
+    twin = copy.deepcopy(model)
+    hit(twin)
+    assert not torch.equal(output(twin, IDS), expected)
+    assert torch.equal(output(model, IDS), expected)  # the copy's hits are its own
+    model.delete_adapter("two")
+    assert list(model.peft_config) == ["default"]
+    assert not [key for key in model.state_dict() if key.endswith(".two")]
+
+
+def test_training_moves_only_the_vectors() -> None:
+    model = adapted().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "uora_lambda" in name}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted().train()
+        hit(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_vectors_stay_float32_on_a_bfloat16_base() -> None:
+    model = get_peft_model(llama().to(torch.bfloat16), UoraConfig(r=4, target_modules="all-linear"))
+    assert {p.dtype for n, p in model.named_parameters() if "uora_lambda" in n} == {torch.float32}
+    assert output(model, IDS).dtype is torch.bfloat16
+
+
+def test_reinitialise_hits_small_d_and_changes_the_frames() -> None:
+    model = adapted(tau=0.05)
+    layers = model.base_model.adapter_layers("default")
+    below = sum(int((layer.uora_lambda_d["default"].abs() < 0.05).sum()) for layer in layers.values())
+    before = output(model, IDS)
+    d = [layer.uora_lambda_d["default"].clone() for layer in layers.values()]
+    assert below > 0
+    assert reinitialise(model) == below
+    assert int(model.base_model.uora_hits["default"].sum()) == below
+    assert not torch.equal(output(model, IDS), before)
+    assert all(torch.equal(layer.uora_lambda_d["default"], old) for layer, old in zip(layers.values(), d, strict=True))
+
+
+def test_a_hit_of_one_adapter_leaves_the_others() -> None:
+    model = adapted()
+    model.add_adapter("two", UoraConfig(r=8, target_modules="all-linear"))
+    randomise(model, "two", 7)
+    model.set_adapter("two")
+    expected = output(model.eval(), IDS)
+    hit(model)  # of "default"
+    assert torch.equal(output(model, IDS), expected)
+
+
+def test_wrong_frames_are_refused_and_nothing_stays() -> None:
+    model = adapted()
+    stored = loads(export_artifact(model, provenance=PROVENANCE))
+    foreign = adapted(frame_seed=1).peft_config["default"].frame_fingerprint
+    config = UoraConfig(r=8, target_modules="all-linear", frame_fingerprint=foreign)
+    with pytest.raises(FingerprintError, match="expected"):
+        model.add_adapter("foreign", config)
+    assert not [key for key in model.state_dict() if key.endswith(".foreign")]
+    assert torch.equal(output(model.eval(), IDS), output(load_artifact(llama(), stored).eval(), IDS))
+
+
+def test_a_missing_vector_is_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(key for key in tensors if key.endswith("uora_lambda_b"))]
+    save_file(tensors, path)
+    with pytest.raises(ShapeError, match="lacks 1 tensors"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_unsupported_module_and_bad_values() -> None:
+    with pytest.raises(SpecError, match="Embedding"):
+        get_peft_model(llama(), UoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(SpecError, match="at least 1"):
+        UoraConfig(r=0)
+    with pytest.raises(SpecError, match="0 to 1"):
+        UoraConfig(alpha=1.5)
+
+
+class _Linears(nn.Module):
+    """``count`` layers of one size, without memory (meta device)."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, device="meta") for _ in range(count))
+
+
+# uora.md §1: (model, targets, r, trainable parameters); GPT-2's fused c_attn as two layers of its width.
+COUNTS = [
+    ("roberta-base", 8, 18_624),
+    ("roberta-base", 16, 18_816),
+    ("roberta-base", 64, 19_968),
+    ("roberta-large", 8, 49_536),
+    ("gpt2-medium", 16, 49_920),
+    ("gpt2-large", 16, 93_312),
+]
+
+
+def _shape_of(name: str) -> tuple[nn.Module, list[str]]:
+    if name.startswith("gpt2"):
+        layers, width = {"gpt2-medium": (24, 1024), "gpt2-large": (36, 1280)}[name]
+        return _Linears(2 * layers, width), [f"layers.{i}" for i in range(2 * layers)]
+    layers, width, heads = {"roberta-base": (12, 768, 12), "roberta-large": (24, 1024, 16)}[name]
+    config = RobertaConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width
+    )
+    with torch.device("meta"):
+        return RobertaModel(config), ["query", "value"]
+
+
+@pytest.mark.parametrize(("name", "r", "expected"), COUNTS)
+def test_parameter_counts(name: str, r: int, expected: int) -> None:
+    model, targets = _shape_of(name)
+    trainable, _ = get_peft_model(model, UoraConfig(r=r, target_modules=targets)).get_nb_trainable_parameters()
+    assert trainable == expected

@@ -1,0 +1,4 @@
+"""UORA: fine-tuned models as tiny vectors over frames that come from seeds (arXiv 2505.20154).
+
+Importing ``uora`` is light; ``uora.tuner``, ``uora.training`` and ``uora.serving`` need torch.
+"""
