@@ -123,7 +123,7 @@ def fingerprint(keys: Iterable[FrameKey], cache_dir: Path | None = None) -> dict
     Returns:
         ``{"A0:576": [4 numbers], ...}``, rounded to 6 decimals.
     """
-    return {key.name: _probe(key, frame(key, cache_dir)) for key in sorted(set(keys))}
+    return {key.name: list(_probe(key, cache_dir)) for key in sorted(set(keys))}
 
 
 def check_fingerprint(expected: Mapping[str, list[float]], actual: Mapping[str, list[float]]) -> None:
@@ -151,10 +151,11 @@ def _probe_vectors(r: int, n: int) -> tuple[Float64, Float64]:
     )
 
 
-def _probe(key: FrameKey, matrix: Float32) -> list[float]:
+@lru_cache(maxsize=4096)
+def _probe(key: FrameKey, cache_dir: Path | None) -> tuple[float, ...]:
     left, right = _probe_vectors(key.r, key.n)
-    values = np.einsum("pr,rn,pn->p", left, matrix.astype(np.float64), right, optimize=True)
-    return [round(float(value), 6) for value in values]
+    values = np.einsum("pr,rn,pn->p", left, frame(key, cache_dir).astype(np.float64), right, optimize=True)
+    return tuple(round(float(value), 6) for value in values)
 
 
 def _cache_path(key: FrameKey, cache_dir: Path) -> Path:

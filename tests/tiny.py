@@ -1,0 +1,85 @@
+"""A base model small enough for any test: a Llama built from a config, with a real tokenizer and chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+#: ChatML without a default system message.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Written in the byte-level alphabet: Ġ is a space, Ċ a newline. The whitespace merges matter: they are what makes
+# tokenizing a prompt and its answer together differ from tokenizing them one after the other.
+_MERGES = [
+    ("Ċ", "Ċ"),
+    ("Ġ", "Ġ"),
+    ("ĠĠ", "ĠĠ"),
+    ("Ċ", "ĠĠ"),
+    ("t", "h"),
+    ("th", "e"),
+    ("Ġ", "the"),
+    ("e", "r"),
+    ("i", "n"),
+]
+
+
+def make_tiny_llama(directory: Path, *, chat_template: str = CHATML, max_tokens: int = 1024) -> Path:
+    """Write a transformers directory with random weights; the same bytes on every call.
+
+    Args:
+        directory: made if it is not there.
+        chat_template: of the tokenizer.
+        max_tokens: the model's context.
+
+    Returns:
+        ``directory``.
+    """
+    tokenizer = make_tiny_tokenizer(chat_template=chat_template)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_tokens,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_tiny_tokenizer(*, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a handful of merges: any text round-trips."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*_SPECIAL, *alphabet, *(left + right for left, right in _MERGES)]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=_MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,1 @@
+"""The inference engine: one base model, every tenant's adapters, one batch."""
