@@ -59,13 +59,13 @@ def output(model: nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tenso
     return found[0] if not hasattr(found, "logits") else found.logits  # type: ignore[no-any-return]
 
 
-def randomise(model: nn.Module, adapter_name: str = "default", seed: int = 1) -> None:
+def randomise(model: nn.Module, adapter_name: str = "default", seed: int = 1, scale: float = 0.3) -> None:
     """Give an adapter vectors as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "uora_lambda" in name and name.endswith(f".{adapter_name}"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def adapted(toy: str = "llama", **config: object) -> PeftModel:

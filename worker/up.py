@@ -1,0 +1,156 @@
+"""The whole service on one machine: ``python -m worker.up`` (``make up``).
+
+Migrates the database, runs every process of the Procfile, and on the first start makes a project and a key. Ctrl-C
+stops them all; when one of them ends, the others are stopped too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+from alembic import command
+from alembic.config import Config
+from honcho.environ import parse_procfile
+from honcho.manager import Manager
+from sqlalchemy.orm import Session
+
+import api.files.models
+import api.jobs.models
+import api.models.models  # noqa: F401 - the mappers need every table
+from api.database import make_engine
+from api.projects.repository import has_keys
+from api.projects.service import create_api_key, ensure_project
+from api.settings import DatabaseSettings, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = "default"
+
+WELCOME = """
+The service is ready on {url}. Your key, shown only now:
+
+    {key}
+
+With the openai client:
+
+    from openai import OpenAI
+    client = OpenAI(base_url="{url}/v1", api_key="{key}")
+    file = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="{model}", training_file=file.id)
+
+With curl:
+
+    curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
+      -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+Ctrl-C stops it.
+"""
+
+
+def load_settings() -> Settings:
+    """Settings of the environment; an engine token is made up and kept below home if none is given."""
+    if "UORA_ENGINE_TOKEN" not in os.environ:
+        os.environ["UORA_ENGINE_TOKEN"] = _kept_token(DatabaseSettings().home / "engine_token")
+    return Settings()
+
+
+def _kept_token(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path.read_text().strip()
+
+
+def migrate(settings: Settings) -> None:
+    """Bring the database to the newest migration, as ``alembic upgrade head`` does."""
+    config = Config(ROOT / "alembic.ini")
+    config.set_main_option("sqlalchemy.url", settings.database_url.replace("%", "%%"))
+    command.upgrade(config, "head")
+
+
+def first_key(settings: Settings) -> str | None:
+    """Make the first project and its key; None if there is a key already."""
+    with Session(make_engine(settings.database_url)) as session, session.begin():
+        project = ensure_project(session, name=PROJECT)
+        return None if has_keys(session, project.id) else create_api_key(session, project, name="first key")
+
+
+def make_manager(*, host: str, port: int, engine_url: str) -> Manager:
+    """All processes of the Procfile, not started yet."""
+    manager = Manager()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    engine = urlsplit(engine_url)
+    addresses = {
+        "api": {"UVICORN_HOST": host, "UVICORN_PORT": str(port)},
+        "engine": {"UVICORN_HOST": engine.hostname or "127.0.0.1", "UVICORN_PORT": str(engine.port or 80)},
+    }
+    for name, line in parse_procfile((ROOT / "Procfile").read_text()).processes.items():
+        env = {**os.environ, "PATH": path, **addresses.get(name, {})}
+        manager.add_process(name, f"exec {line}", env=env, cwd=str(ROOT))  # exec: no shell between us and it
+    return manager
+
+
+def check_free(host: str, port: int) -> None:
+    """Leave with a plain message if the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            sys.exit(f"Port {port} on {host} is taken ({error.strerror}). Stop what uses it, or choose another port.")
+
+
+def wait_ready(url: str, *, seconds: float) -> bool:
+    """Whether the api and everything behind it became ready in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return True
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(0.5)
+    return False
+
+
+def _welcome(settings: Settings, url: str) -> None:
+    if not wait_ready(url, seconds=600):
+        return
+    key = first_key(settings)
+    if key is None:
+        text = f"\nThe service is ready on {url}; your key is the one shown at the first start. Ctrl-C stops it.\n"
+    else:
+        text = WELCOME.format(url=url, key=key, model=settings.engine_base_model)
+    print(text, flush=True)  # noqa: T201 # a command line's own output
+
+
+def main() -> None:
+    """Run until Ctrl-C, or until a process ends."""
+    parser = argparse.ArgumentParser(description="Run the whole service on this machine.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    settings = load_settings()
+    engine = urlsplit(settings.engine_url)
+    check_free(arguments.host, arguments.port)
+    check_free(engine.hostname or "127.0.0.1", engine.port or 80)
+    migrate(settings)
+    manager = make_manager(host=arguments.host, port=arguments.port, engine_url=settings.engine_url)
+    url = f"http://{arguments.host}:{arguments.port}"
+    threading.Thread(target=_welcome, args=(settings, url), daemon=True).start()
+    manager.loop()
+    interrupted = manager.returncode == 130
+    sys.exit(0 if interrupted else manager.returncode)
+
+
+if __name__ == "__main__":
+    main()
