@@ -1,0 +1,210 @@
+"""The official openai client against the running service: real trainer, real engine, a tiny Llama.
+
+Once on SQLite and the embedded broker, once on PostgreSQL and Redis.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import redis
+
+from tests.api.support import empty_database, postgres_refusal
+from tests.e2e.support import Running, ask, chat_rows, service, upload, wait_for, wait_job
+from tests.tiny import make_tiny_llama
+
+WORDS = ["sun", "moon", "rain", "snow", "wind", "leaf", "rock", "sand"]
+#: Questions a tiny random model can learn by heart.
+DAY = chat_rows([(word, "day") for word in WORDS] * 4)
+NIGHT = chat_rows([(word, "night") for word in WORDS] * 4)
+QUICK = {"n_epochs": 12, "batch_size": 8}
+
+
+def redis_refusal() -> str | None:
+    """Why Redis cannot be used; None if it can."""
+    try:
+        redis.Redis(host="127.0.0.1", socket_connect_timeout=3).ping()
+    except redis.RedisError as error:
+        return f"NOT TESTED on Redis: 127.0.0.1:6379 does not answer ({error})"
+    return None
+
+
+@pytest.fixture(scope="module")
+def base_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"tiny": f"path:{make_tiny_llama(tmp_path_factory.mktemp('model') / 'tiny', max_tokens=512)}"}
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("servers", marks=pytest.mark.postgres)])
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_models: dict[str, str]
+) -> Iterator[Running]:
+    home = tmp_path_factory.mktemp("service")
+    options = {"UORA_CACHE_DIR": str(home / "cache"), "UORA_DTYPE": "float32", "UORA_TORCH_THREADS": "1"}
+    options |= {"UORA_SWEEP_INTERVAL": "PT1S", "UORA_LEASE_TTL": "PT4S", "UORA_HEARTBEAT_INTERVAL": "PT0.5S"}
+    if request.param == "embedded":
+        with service(home, base_models, **options) as found:
+            yield found
+        return
+    refusal = postgres_refusal() or redis_refusal()
+    if refusal:
+        pytest.skip(refusal)
+    broker = redis.Redis(host="127.0.0.1", db=13)
+    assert broker.dbsize() == 0, "Redis database 13 is in use; the test needs an empty one"
+    with empty_database("postgresql", home) as url:
+        try:
+            options |= {"UORA_DATABASE_URL": url, "UORA_BROKER_URL": "redis://127.0.0.1:6379/13"}
+            with service(home, base_models, **options) as found:
+                yield found
+        finally:
+            broker.flushdb()
+
+
+def tune(client: openai.OpenAI, rows: bytes, **options: object) -> openai.types.fine_tuning.FineTuningJob:
+    """Train on ``rows`` until they are known by heart."""
+    fields = {"hyperparameters": QUICK, "seed": 1} | options
+    return client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(client, rows),
+        extra_body={"peft": {"method": "uora", "r": 16, "learning_rate": 0.1}},
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def test_two_tenants_tune_and_ask(running: Running) -> None:
+    sunny, gloomy = running.client("sunny"), running.client("gloomy")
+    first = tune(sunny, DAY, validation_file=upload(sunny, DAY), suffix="Weather", metadata={"k": "v"})
+    second = tune(gloomy, NIGHT)
+    assert first.status == "validating_files"
+    day, night = wait_job(sunny, first.id), wait_job(gloomy, second.id)
+    for job in (day, night):
+        assert job.status == "succeeded", job.error
+        assert job.fine_tuned_model
+        assert job.trained_tokens
+        assert job.finished_at
+    assert day.fine_tuned_model == f"ft:tiny:sunny:Weather:{day.id[-8:]}"
+    assert day.method
+    assert day.method.supervised
+    assert day.method.supervised.hyperparameters
+    assert day.method.supervised.hyperparameters.n_epochs == 12
+
+    # Each model answers at once and for its own project; the base model is as it was.
+    assert ask(sunny, day.fine_tuned_model, "moon") == "day"
+    assert ask(gloomy, night.fine_tuned_model or "", "moon") == "night"
+    assert ask(sunny, "tiny", "moon") not in ("day", "night")
+    for client, foreign in ((sunny, night.fine_tuned_model), (gloomy, day.fine_tuned_model)):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(client, foreign or "", "moon")
+        assert refused.value.code == "model_not_found"
+
+    # Streaming gives the same text.
+    stream = sunny.chat.completions.create(
+        model=day.fine_tuned_model,
+        messages=[{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "sun"}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "day"
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens > 0
+
+    # What the dashboard reads.
+    events = list(sunny.fine_tuning.jobs.list_events(day.id, limit=100))
+    steps = [event for event in events if event.type == "metrics"]
+    assert steps
+    assert {"step", "train_loss"} <= steps[0].data.keys()  # type: ignore[union-attr]
+    assert any("completed" in event.message for event in events)
+    checkpoints = list(sunny.fine_tuning.jobs.checkpoints.list(day.id))
+    assert checkpoints
+    newest = checkpoints[0]
+    assert newest.metrics.valid_loss is not None
+    assert newest.metrics.valid_loss < 0.5
+    assert ask(sunny, newest.fine_tuned_model_checkpoint, "rain") == "day"
+
+    # The model is a row: deleted, it is gone.
+    assert day.fine_tuned_model in [model.id for model in sunny.models.list()]
+    assert sunny.models.delete(day.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError):
+        ask(sunny, day.fine_tuned_model, "moon")
+    with pytest.raises(openai.NotFoundError):
+        ask(sunny, newest.fine_tuned_model_checkpoint, "rain")
+
+
+def test_a_bad_row_fails_the_job_before_training(running: Running) -> None:
+    client = running.client("careless")
+    bad = DAY + b'{"messages": [{"role": "user", "content": "no answer"}]}\n'
+    job = wait_job(client, tune(client, bad).id)
+    assert job.status == "failed"
+    assert job.error
+    assert f"Line {len(DAY.splitlines()) + 1}" in job.error.message
+    assert job.error.param == "training_file"
+    assert job.trained_tokens is None
+    assert not [model for model in client.models.list() if model.id.startswith("ft:")]
+
+
+def long_job(client: openai.OpenAI) -> str:
+    """A job that trains for minutes if nothing stops it."""
+    rows = chat_rows([(word, "day") for word in WORDS] * 100)
+    job = tune(client, rows, hyperparameters={"n_epochs": 50, "batch_size": 1})
+    wait_job(client, job.id, until=("running",))
+    wait_for(lambda: (getattr(client.fine_tuning.jobs.retrieve(job.id), "progress", None) or {}).get("step"))
+    return job.id
+
+
+def children(running: Running) -> list[psutil.Process]:
+    """Training processes."""
+    found = psutil.Process(running.process.pid).children(recursive=True)
+    return [process for process in found if "worker.child" in " ".join(process.cmdline())]
+
+
+def test_cancel_stops_the_training_process(running: Running) -> None:
+    client = running.client("hasty")
+    job_id = long_job(client)
+    (child,) = children(running)
+    asked = time.monotonic()
+    client.fine_tuning.jobs.cancel(job_id)
+    child.wait(timeout=5)  # the promise: within 5 seconds
+    assert time.monotonic() - asked < 5
+    assert wait_job(client, job_id).status == "cancelled"
+    assert not [model for model in client.models.list() if model.id.startswith("ft:")]
+
+
+def test_a_killed_training_process_is_reported_and_the_service_goes_on(running: Running) -> None:
+    client = running.client("unlucky")
+    job_id = long_job(client)
+    for child in children(running):
+        child.send_signal(signal.SIGKILL)
+    job = wait_job(client, job_id)
+    assert job.status == "failed"
+    assert job.error
+    assert "memory" in job.error.message
+    quick = wait_job(client, tune(client, DAY).id)
+    assert quick.status == "succeeded"
+
+
+def test_ready_names_its_parts(running: Running) -> None:
+    import httpx
+
+    assert httpx.get(f"{running.url}/healthz").status_code == 200
+    assert httpx.get(f"{running.url}/readyz").json()["status"] == "ready"
+
+
+def test_a_second_start_finds_the_data_of_the_first(tmp_path: Path, base_models: dict[str, str]) -> None:
+    options = {"UORA_CACHE_DIR": str(tmp_path / "cache"), "UORA_DTYPE": "float32", "UORA_TORCH_THREADS": "1"}
+    with service(tmp_path / "home", base_models, **options) as first:
+        client = first.client("patient")
+        file_id = upload(client, DAY)
+        wait_for(lambda: "Your key, shown only now" in first.log.read_text())
+    with service(tmp_path / "home", base_models, **options) as second:
+        again = openai.OpenAI(base_url=f"{second.url}/v1", api_key=client.api_key)
+        assert again.files.retrieve(file_id).bytes == len(DAY)
+        assert again.files.content(file_id).content == DAY
+        wait_for(lambda: "your key is the one shown at the first start" in second.log.read_text())
+    assert second.log.read_text().count("Your key, shown only now") == 1
