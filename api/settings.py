@@ -38,8 +38,8 @@ class Settings(DatabaseSettings):
 
     #: Celery broker URL; empty means kombu's filesystem transport below ``home``.
     broker_url: str = ""
-    #: Uploaded files; empty means below ``home``. Trainers must see the same folder.
-    storage_dir: Path | None = None
+    #: Uploaded files; a relative path lies below ``home``. Trainers must see the same folder.
+    storage_dir: Path = Path("files")
     #: Converted base models and frames. Everything in it can be made again.
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "uora")
 
@@ -76,7 +76,7 @@ class Settings(DatabaseSettings):
     @model_validator(mode="after")
     def _fill_paths(self) -> Self:
         self.cache_dir = self.cache_dir.expanduser().resolve()
-        self.storage_dir = (self.storage_dir or self.home / "files").resolve()
+        self.storage_dir = (self.home / self.storage_dir).resolve()
         self.broker_url = self.broker_url or "filesystem://"
         self.engine_base_model = self.engine_base_model or next(iter(self.base_models), "")
         return self

@@ -1,0 +1,186 @@
+"""Errors of the HTTP service. They know status codes, not FastAPI, so that the worker can use the services.
+
+```
+ApiError 500 internal_error
+  ├── InvalidRequest 400          a value that cannot be used; names its parameter
+  │     ├── UnsupportedParameter    a parameter of OpenAI's that is not offered here
+  │     └── JobNotCancellable       the job has ended
+  ├── NotAuthenticated 401
+  │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
+  ├── PermissionDenied 403
+  ├── NotFound 404                not there, or of another project: a caller cannot tell which
+  │     ├── FileNotFound
+  │     ├── JobNotFound
+  │     └── ModelNotFound
+  ├── Conflict 409
+  │     └── FileInUse               an unfinished job needs the file
+  ├── TooLarge 413
+  ├── ClientGone 499              the client closed the connection; nobody reads this answer
+  └── Unavailable 503             a part that the request needs does not answer
+        ├── EngineUnavailable
+        └── EngineBusy
+```
+Every message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ApiError(Exception):
+    """Base of all errors that become an answer.
+
+    Attributes:
+        status: HTTP status code.
+        type: OpenAI's coarse kind.
+        code: stable name for programs.
+        param: the parameter at fault, as a path such as ``method.supervised.hyperparameters.n_epochs``.
+        should_retry: what to tell the client about sending the same request again; None says nothing.
+        retry_after_seconds: when the client may try again; None says nothing.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+    should_retry: ClassVar[bool | None] = None
+    retry_after_seconds: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+    def body(self) -> dict[str, Any]:
+        """The error object of OpenAI's API, all four keys."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that tell clients whether and when to retry."""
+        headers = {}
+        if self.should_retry is not None:
+            headers["x-should-retry"] = str(self.should_retry).lower()
+        if self.retry_after_seconds is not None:
+            headers["Retry-After"] = str(self.retry_after_seconds)
+        return headers
+
+
+class InvalidRequest(ApiError):
+    """A value that cannot be used."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter of OpenAI's that is not offered here. It is refused, since ignoring it would mislead."""
+
+    code = "unsupported_parameter"
+
+
+class JobNotCancellable(InvalidRequest):
+    """The job has ended."""
+
+    code = "job_not_cancellable"
+    should_retry = False
+
+
+class NotAuthenticated(ApiError):
+    """No key, an unknown one or a revoked one."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class ProjectMismatch(NotAuthenticated):
+    """The key belongs to another project than the ``OpenAI-Project`` header names."""
+
+    code = "mismatched_project"
+
+
+class PermissionDenied(ApiError):
+    """The caller is known but may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "permission_denied"
+
+
+class NotFound(ApiError):
+    """Not there, or not in the caller's project."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class FileNotFound(NotFound):
+    """No such file in the caller's project."""
+
+    code = "file_not_found"
+
+
+class JobNotFound(NotFound):
+    """No such fine-tuning job in the caller's project."""
+
+    code = "job_not_found"
+
+
+class ModelNotFound(NotFound):
+    """No such base model, and no such fine-tuned model in the caller's project."""
+
+    code = "model_not_found"
+
+
+class Conflict(ApiError):
+    """The state of a row does not allow this."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class FileInUse(Conflict):
+    """An unfinished job needs the file."""
+
+    code = "file_in_use"
+    should_retry = False  # OpenAI's client repeats every 409 otherwise
+
+
+class TooLarge(ApiError):
+    """A body or file over the limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class ClientGone(ApiError):
+    """The client closed the connection while its answer was made."""
+
+    status = 499
+    type = "invalid_request_error"
+    code = "client_closed_request"
+
+
+class Unavailable(ApiError):
+    """A part that the request needs does not answer."""
+
+    status = 503
+    code = "service_unavailable"
+    retry_after_seconds = 1
+
+
+class EngineUnavailable(Unavailable):
+    """The engine does not answer, or broke off."""
+
+    code = "engine_unavailable"
+
+
+class EngineBusy(Unavailable):
+    """The engine has all the rows that it can decode."""
+
+    code = "engine_busy"

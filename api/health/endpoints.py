@@ -1,0 +1,25 @@
+"""``/healthz`` for restarts, ``/readyz`` for load balancers. Public."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from api.dependencies import ResourcesDep
+from api.health import service
+from api.health.schemas import Alive, Readiness
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> Alive:
+    """Say that the process answers, whatever the other parts do."""
+    return Alive()
+
+
+@router.get("/readyz", responses={503: {"model": Readiness}})
+async def readyz(response: Response, resources: ResourcesDep) -> Readiness:
+    """Say whether the database and the engine answer; 503 if one does not."""
+    readiness = await service.check(resources)
+    response.status_code = 200 if readiness.status == "ready" else 503
+    return readiness

@@ -1,0 +1,107 @@
+"""Queries of jobs: those of a project, and the row-level moves that the worker shares."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, CursorResult, Select, exists, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from api.database import new_id, now
+from api.errors import JobNotFound
+from api.jobs.models import ENDED, MOVES, Checkpoint, Job, JobEvent, JobStatus
+from api.pagination import Page, PageQuery, paginate
+from api.repository import Repository
+
+
+class JobRepository(Repository[Job]):
+    """Jobs of one project, with their events and checkpoints."""
+
+    model = Job
+    missing = JobNotFound
+    noun = "fine-tuning job"
+
+    def find_unfinished_using(self, file_id: str) -> Job | None:
+        """A job that has not ended and reads the file."""
+        uses = or_(Job.training_file == file_id, Job.validation_file == file_id)
+        statement = self.visible().where(uses, Job.status.not_in(list(ENDED)))
+        return self.session.scalar(statement.limit(1))
+
+    def events(self, job: Job, query: PageQuery) -> Page[JobEvent]:
+        """A page of the job's events."""
+        return paginate(self.session, self._of(JobEvent, job), model=JobEvent, query=query)
+
+    def checkpoints(self, job: Job, query: PageQuery) -> Page[Checkpoint]:
+        """A page of the job's checkpoints."""
+        return paginate(self.session, self._of(Checkpoint, job), model=Checkpoint, query=query)
+
+    def has_label(self, key: str, value: str) -> ColumnElement[bool]:
+        """Criterion: the job's metadata has this pair."""
+        postgresql = self.session.get_bind().dialect.name == "postgresql"
+        pairs = (func.jsonb_each_text if postgresql else func.json_each)(Job.labels).table_valued("key", "value")
+        return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
+
+    def has_no_labels(self) -> ColumnElement[bool]:
+        """Criterion: the job has no metadata at all."""
+        return Job.labels.is_(None)
+
+    def _of(self, model: type[Any], job: Job) -> Select[Any]:
+        return (
+            select(model)
+            .join(Job, Job.id == model.job_id)
+            .where(Job.project_id == self.project_id, model.job_id == job.id)
+        )
+
+
+def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobStatus, **values: Any) -> bool:
+    """Move a job, only if it still has the status ``source``, and set ``values`` with it.
+
+    Returns:
+        False if the row had another status, or is gone; then nothing was changed.
+
+    Raises:
+        ValueError: ``MOVES`` has no such move.
+    """
+    if target not in MOVES[source]:
+        raise ValueError(f"no job moves from {source} to {target}; the moves from there are {MOVES[source]}")
+    statement = update(Job).where(Job.id == job_id, Job.status == source).values(status=target, **values)
+    return _changed_one(session, statement)
+
+
+def request_cancel(session: Session, job_id: str) -> bool:
+    """Ask the trainer of a running job to stop; False if it is not running or was asked before."""
+    statement = (
+        update(Job)
+        .where(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.cancel_requested.is_(False))
+        .values(cancel_requested=True)
+    )
+    return _changed_one(session, statement)
+
+
+def add_event(
+    session: Session,
+    job_id: str,
+    *,
+    message: str,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+) -> JobEvent:
+    """Append to the job's log. ``type`` is ``message`` or ``metrics``, ``level`` info, warn or error."""
+    event = JobEvent(
+        id=new_id("ft-event-"),
+        job_id=job_id,
+        level=level,
+        type=type,
+        message=message,
+        data=data,
+        created_at=now(),
+    )
+    session.add(event)
+    return event
+
+
+def _changed_one(session: Session, statement: Any) -> bool:
+    # Rows in the session are read again where they are needed, so none has to be matched here.
+    result = session.execute(statement.execution_options(synchronize_session=False))
+    return cast(CursorResult[Any], result).rowcount == 1

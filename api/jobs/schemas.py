@@ -1,0 +1,215 @@
+"""Fine-tuning jobs on the wire, and our extension key ``peft``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from api.jobs.models import Checkpoint, Job, JobEvent
+from api.pagination import Shown
+from uora.spec import AdapterSpec, HyperparameterRequest
+
+MAX_SEED = 2**31 - 1
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
+
+
+class _Request(BaseModel):
+    """A misspelt key must not cost a training run, so unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class PeftRequest(AdapterSpec):
+    """The adapter to train, beyond what OpenAI's API can say."""
+
+    #: Absolute peak learning rate of multiplier 1; None for the method's default.
+    learning_rate: float | None = Field(default=None, gt=0.0, le=100.0)
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split_targets(cls, value: Any) -> Any:
+        """Take ``"q_proj,v_proj"`` as well as a list."""
+        if isinstance(value, str) and value != "all-linear":
+            return [name.strip() for name in value.split(",") if name.strip()]
+        return value
+
+    def adapter(self) -> AdapterSpec:
+        """The adapter without the learning rate."""
+        return AdapterSpec(**self.model_dump(exclude={"learning_rate"}))
+
+
+class SupervisedRequest(_Request):
+    """Settings of supervised fine-tuning."""
+
+    hyperparameters: HyperparameterRequest = HyperparameterRequest()
+
+
+class MethodRequest(_Request):
+    """How to fine-tune. Only ``supervised`` is offered."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: SupervisedRequest | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class JobCreate(_Request):
+    """Body of a new job."""
+
+    model: str = Field(min_length=1)
+    training_file: str = Field(min_length=1)
+    validation_file: str | None = None
+    suffix: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    metadata: Metadata | None = None
+    method: MethodRequest | None = None
+    #: Deprecated by OpenAI in favour of ``method``.
+    hyperparameters: HyperparameterRequest | None = None
+    integrations: list[dict[str, Any]] | None = None
+    #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
+    peft: PeftRequest = PeftRequest()
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class SupervisedMethod(BaseModel):
+    """Settings of supervised fine-tuning."""
+
+    hyperparameters: dict[str, Any]
+
+
+class Method(BaseModel):
+    """How the job fine-tunes."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedMethod
+
+
+class FineTuningJob(Shown):
+    """OpenAI's job, with two keys of ours: ``progress`` and ``adapter``."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: str
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    method: Method
+    seed: int
+    result_files: list[str] = Field(default_factory=list)
+    integrations: list[dict[str, Any]] | None = None
+    metadata: dict[str, str] | None
+    error: JobError | None
+    #: Step, loss, speed and seconds left while it runs.
+    progress: dict[str, Any] | None
+    #: What is trained: the method and its settings, with the learning rate once it is settled.
+    adapter: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Show a row."""
+        hyperparameters = _hyperparameters(job)
+        return cls(
+            id=job.id,
+            created_at=_epoch(job.created_at),
+            finished_at=_epoch_or_none(job.finished_at),
+            estimated_finish=_epoch_or_none(job.estimated_finish),
+            model=job.model,
+            fine_tuned_model=job.fine_tuned_model,
+            organization_id=job.project_id,
+            status=job.status,
+            trained_tokens=job.trained_tokens,
+            training_file=job.training_file,
+            validation_file=job.validation_file,
+            hyperparameters=hyperparameters,
+            method=Method(supervised=SupervisedMethod(hyperparameters=hyperparameters)),
+            seed=job.seed,
+            metadata=job.labels,
+            error=None if job.error is None else JobError(**job.error),
+            progress=job.progress,
+            adapter={**job.adapter, "learning_rate": _learning_rate(job)},
+        )
+
+
+class FineTuningJobEvent(Shown):
+    """OpenAI's event."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Self:
+        """Show a row."""
+        return cls(
+            id=event.id,
+            created_at=_epoch(event.created_at),
+            level=event.level,
+            message=event.message,
+            type=event.type,
+            data=event.data,
+        )
+
+
+class FineTuningJobCheckpoint(Shown):
+    """OpenAI's checkpoint."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Show a row."""
+        return cls(
+            id=checkpoint.id,
+            created_at=_epoch(checkpoint.created_at),
+            fine_tuned_model_checkpoint=checkpoint.model_name,
+            fine_tuning_job_id=checkpoint.job_id,
+            step_number=checkpoint.step_number,
+            metrics=checkpoint.metrics,
+        )
+
+
+def _hyperparameters(job: Job) -> dict[str, Any]:
+    """As they are run once that is settled, else as asked for."""
+    settled: dict[str, Any] = (job.training_spec or {}).get("hyperparameters", job.hyperparameters)
+    return settled
+
+
+def _learning_rate(job: Job) -> float | None:
+    settled: float | None = (job.training_spec or {}).get("learning_rate", job.learning_rate)
+    return settled
+
+
+def _epoch(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def _epoch_or_none(moment: datetime | None) -> int | None:
+    return None if moment is None else _epoch(moment)

@@ -1,0 +1,103 @@
+"""Around every request: its id, its log line, a limit of its body, and an answer when all else failed."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.database import new_id
+from api.errors import ApiError
+
+log = structlog.get_logger(__name__)
+
+#: The only route whose body goes to a file, and only after the key was checked; all others hold it in memory.
+UPLOAD_PATH = "/v1/files"
+#: Boundaries and fields around an uploaded file.
+MULTIPART_OVERHEAD_BYTES = 64 * 1024
+
+
+class RequestContext:
+    """Give each request an id, in the answer's ``x-request-id`` and in all log lines, and catch what nobody did."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_id("req_")
+        started = time.perf_counter()
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("unhandled_error", method=scope["method"], path=scope["path"])
+                if status is not None:
+                    raise  # the answer has begun: only breaking it off tells the client
+                await _internal_error()(scope, receive, send_with_id)
+            finally:
+                milliseconds = round((time.perf_counter() - started) * 1000, 1)
+                log.info(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status,
+                    milliseconds=milliseconds,
+                )
+
+
+class BodyLimit:
+    """Stop reading a body that is over its limit, told or not by Content-Length."""
+
+    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int) -> None:
+        self._app = app
+        self._max_json_bytes = max_json_bytes
+        self._max_upload_bytes = max_upload_bytes + MULTIPART_OVERHEAD_BYTES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        limit = self._max_upload_bytes if scope["path"] == UPLOAD_PATH else self._max_json_bytes
+        announced = int(headers["content-length"]) if headers.get("content-length", "").isdecimal() else 0
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            if announced > limit:
+                raise _too_large(limit)
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+
+def _too_large(limit: int) -> HTTPException:
+    # Of this class, since FastAPI turns any other that is raised while it reads a body into "400".
+    return HTTPException(413, f"The request body has more than {limit} bytes; send less.")
+
+
+def _internal_error() -> JSONResponse:
+    error = ApiError("The server failed to answer this request; its log names the cause under the request id.")
+    return JSONResponse(error.body(), status_code=error.status)

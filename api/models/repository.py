@@ -1,0 +1,36 @@
+"""Queries of fine-tuned models. The artifact's bytes are not loaded by any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete
+
+from api.errors import ModelNotFound
+from api.jobs.models import Checkpoint
+from api.models.models import Adapter
+from api.repository import Repository
+
+
+class AdapterRepository(Repository[Adapter]):
+    """Adapters of one project."""
+
+    model = Adapter
+    missing = ModelNotFound
+    noun = "model"
+
+    def list_final(self) -> Sequence[Adapter]:
+        """All final models, newest first; checkpoints are listed with their job."""
+        final = self.visible().where(Adapter.checkpoint_step.is_(None))
+        return self.session.scalars(final.order_by(Adapter.seq.desc())).all()
+
+    def list_of_job(self, job_id: str) -> Sequence[Adapter]:
+        """The final model of a job and its checkpoints."""
+        return self.session.scalars(self.visible().where(Adapter.job_id == job_id)).all()
+
+    def delete(self, adapters: Sequence[Adapter]) -> None:
+        """Delete them and the checkpoints that are named like them."""
+        names = [adapter.id for adapter in adapters]
+        self.session.execute(delete(Checkpoint).where(Checkpoint.model_name.in_(names)))
+        for adapter in adapters:
+            self.session.delete(adapter)

@@ -1,0 +1,97 @@
+"""Names of models, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from api.caller import Caller
+from api.errors import ModelNotFound, PermissionDenied
+from api.models.models import Adapter
+from api.models.repository import AdapterRepository
+from api.models.schemas import Model
+
+#: How much of a job's id tells its models apart.
+JOB_ID_LETTERS = 8
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """What the engine must serve: the row's name, and the digest that its bytes must have."""
+
+    id: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a model name stands for in the caller's project."""
+
+    name: str
+    base_model: str
+    adapter: AdapterRef | None
+
+
+def model_name(base_model: str, *, slug: str, suffix: str | None, job_id: str) -> str:
+    """``ft:<base>:<project>:<suffix>:<id>``; without a suffix its place stays empty, as in OpenAI's names."""
+    return f"ft:{base_model}:{slug}:{suffix or ''}:{job_id[-JOB_ID_LETTERS:]}"
+
+
+def checkpoint_name(name: str, *, step: int) -> str:
+    """The name of a final model's checkpoint."""
+    return f"{name}:ckpt-step-{step}"
+
+
+def list_models(session: Session, caller: Caller, *, base_models: Collection[str]) -> list[Model]:
+    """The project's final models, newest first, and then the base models."""
+    adapters = AdapterRepository(session, caller.project_id).list_final()
+    tuned = [Model.of(adapter, owner=caller.project_slug) for adapter in adapters]
+    return tuned + [Model.base(name) for name in base_models]
+
+
+def get(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> Model:
+    """One model, checkpoints included; raises ``ModelNotFound``."""
+    if name in base_models:
+        return Model.base(name)
+    return Model.of(_get_adapter(session, caller, name), owner=caller.project_slug)
+
+
+def resolve(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> ServedModel:
+    """What answers to ``name``. A name that stands for nothing is never answered by a base model.
+
+    Raises:
+        ModelNotFound: neither a base model nor one of the project's.
+    """
+    if name in base_models:
+        return ServedModel(name=name, base_model=name, adapter=None)
+    adapter = _get_adapter(session, caller, name)
+    return ServedModel(
+        name=name, base_model=adapter.base_model, adapter=AdapterRef(id=adapter.id, digest=adapter.digest)
+    )
+
+
+def delete(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> None:
+    """Delete a checkpoint, or a final model with its checkpoints.
+
+    Raises:
+        PermissionDenied: it is a base model.
+        ModelNotFound: there is none in the project.
+    """
+    if name in base_models:
+        raise PermissionDenied(f"{name!r} is a base model; only fine-tuned models can be deleted.", param="model")
+    adapters = AdapterRepository(session, caller.project_id)
+    adapter = _get_adapter(session, caller, name)
+    final_of_job = adapter.checkpoint_step is None and adapter.job_id is not None
+    adapters.delete(adapters.list_of_job(adapter.job_id) if final_of_job and adapter.job_id else [adapter])
+
+
+def _get_adapter(session: Session, caller: Caller, name: str) -> Adapter:
+    adapter = AdapterRepository(session, caller.project_id).find(name)
+    if adapter is None:
+        raise ModelNotFound(
+            f"The model {name!r} does not exist or you do not have access to it; GET /v1/models lists yours.",
+            param="model",
+        )
+    return adapter

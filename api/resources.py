@@ -1,0 +1,55 @@
+"""What the process holds open: made when the app starts, closed when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from api.completions.engine import EngineClient
+from api.database import make_engine, make_read_sessions, make_sessions
+from api.queue import CeleryQueue, TaskQueue
+from api.settings import Settings
+from api.storage import LocalStore, ObjectStore
+
+#: From the api to an engine of the same installation; longer means that it is not there.
+CONNECT_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Open resources, shared by all requests."""
+
+    settings: Settings
+    database: Engine
+    sessions: sessionmaker[Session]
+    read_sessions: sessionmaker[Session]
+    queue: TaskQueue
+    storage: ObjectStore
+    engine: EngineClient
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) -> AsyncIterator[Resources]:
+    """Open everything that requests share; ``queue`` replaces the one of the settings."""
+    database = make_engine(settings.database_url)
+    timeout = httpx.Timeout(settings.engine_timeout.total_seconds(), connect=CONNECT_TIMEOUT_SECONDS)
+    # No limit of connections: the engine decides how much is too much, and says so.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    try:
+        async with httpx.AsyncClient(base_url=settings.engine_url, timeout=timeout, limits=limits) as client:
+            yield Resources(
+                settings=settings,
+                database=database,
+                sessions=make_sessions(database),
+                read_sessions=make_read_sessions(database),
+                queue=queue or CeleryQueue(settings),
+                storage=LocalStore(settings.storage_dir),
+                engine=EngineClient(client, token=settings.engine_token.get_secret_value()),
+            )
+    finally:
+        database.dispose()

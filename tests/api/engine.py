@@ -1,0 +1,84 @@
+"""A small engine that speaks the internal HTTP: it says what a test tells it to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+TOKEN = "engine-token-of-the-tests"
+START = {"type": "start", "prompt_tokens": 7, "system_fingerprint": "fp_test"}
+
+
+def delta(text: str, *, index: int = 0) -> dict[str, Any]:
+    """A line with more text."""
+    return {"type": "delta", "index": index, "text": text}
+
+
+def finish(*, index: int = 0, reason: str = "stop", tokens: int = 2) -> dict[str, Any]:
+    """A line that completes a choice."""
+    return {"type": "finish", "index": index, "finish_reason": reason, "completion_tokens": tokens}
+
+
+HELLO = [START, delta("Hel"), delta("lo"), finish()]
+
+
+@dataclass
+class ScriptedEngine:
+    """What to answer, and what was asked."""
+
+    token: str = TOKEN
+    lines: list[dict[str, Any] | str] = field(default_factory=lambda: list(HELLO))
+    #: (status, body) instead of the lines.
+    refusal: tuple[int, dict[str, Any]] | None = None
+    #: Stop for this long before each line.
+    pause_seconds: float = 0.0
+    ready: bool = True
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    #: Generations that ran to their last line, and those whose connection was closed before.
+    completed: int = 0
+    cancelled: int = 0
+
+    def reset(self) -> None:
+        """Forget all requests, and say hello again."""
+        self.__init__(token=TOKEN)  # type: ignore[misc] # the defaults of the fields, written once
+
+    def app(self) -> Starlette:
+        """The ASGI app."""
+        return Starlette(
+            routes=[
+                Route("/generate", self._generate, methods=["POST"]),
+                Route("/readyz", self._ready, methods=["GET"]),
+            ]
+        )
+
+    async def _ready(self, _request: Request) -> Response:
+        if not self.ready:
+            return JSONResponse({"error": {"code": "loading", "message": "loading"}}, status_code=503)
+        return JSONResponse({"base_model": "tiny", "base_digest": "0" * 64})
+
+    async def _generate(self, request: Request) -> Response:
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return JSONResponse({"error": {"code": "unauthorized", "message": "bad token"}}, status_code=401)
+        self.requests.append(await request.json())
+        if self.refusal is not None:
+            status, body = self.refusal
+            return JSONResponse(body, status_code=status)
+        return StreamingResponse(self._say(), media_type="application/x-ndjson")
+
+    async def _say(self) -> AsyncIterator[str]:
+        try:
+            for line in self.lines:
+                await asyncio.sleep(self.pause_seconds)
+                yield (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n"
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        self.completed += 1

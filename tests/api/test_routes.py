@@ -1,0 +1,124 @@
+"""What holds for all routes, found by walking the route table: a new one cannot be forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute, iter_route_contexts
+
+from api.auth import current_caller
+from api.database import new_id
+from api.jobs.models import JobStatus
+from api.jobs.repository import add_event
+from api.main import create_app
+from api.router import PUBLIC_ROUTES
+from api.settings import Settings
+from tests.api.rows import add_adapter, add_file, add_job
+from tests.api.support import Service
+
+
+@dataclass(frozen=True)
+class Route:
+    """A row of the route table."""
+
+    method: str
+    path: str
+    asks_for_caller: bool
+
+
+def all_routes() -> list[Route]:
+    """Every method and path that the app answers to."""
+    app = create_app(Settings(_env_file=None, engine_token="x"))
+    return [
+        Route(method, str(context.path), asks_for_caller(context))
+        for context in iter_route_contexts(app.routes)
+        for method in sorted(context.methods or ())
+    ]
+
+
+def asks_for_caller(context: Any) -> bool:
+    """Whether the route's dependencies end in the key's check."""
+    if not isinstance(context.original_route, APIRoute):
+        return False
+
+    def walk(dependant: Dependant) -> bool:
+        return dependant.call is current_caller or any(walk(below) for below in dependant.dependencies)
+
+    return walk(context.dependant)
+
+
+ROUTES = all_routes()
+TENANT_ROUTES = [route for route in ROUTES if route.asks_for_caller]
+ID_ROUTES = [route for route in TENANT_ROUTES if "{" in route.path]
+
+
+def test_the_walk_sees_the_routes() -> None:
+    assert len(TENANT_ROUTES) >= 14
+    assert len(ID_ROUTES) >= 9
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_a_route_asks_for_a_key_or_is_public(route: Route) -> None:
+    assert route.asks_for_caller != (route.path in PUBLIC_ROUTES)
+
+
+def test_a_public_route_exists() -> None:
+    assert {route.path for route in ROUTES} >= PUBLIC_ROUTES
+
+
+@pytest.fixture
+def ids(service: Service) -> dict[str, str]:
+    """Something of the first project for each parameter of a path."""
+    with service.sessions.begin() as session:
+        job = add_job(session, service.tenant, status=JobStatus.RUNNING)
+        add_event(session, job.id, message="private")
+        file = add_file(session, service.tenant)
+        service.settings.storage_dir.joinpath(file.id).write_bytes(b"private...")
+        return {
+            "{file_id}": file.id,
+            "{job_id}": job.id,
+            "{model:path}": add_adapter(session, service.tenant, job).id,
+        }
+
+
+@pytest.mark.parametrize("route", ID_ROUTES, ids=str)
+def test_another_projects_key_finds_nothing(service: Service, ids: dict[str, str], route: Route) -> None:
+    path = route.path
+    for parameter, value in ids.items():
+        path = path.replace(parameter, value)
+    assert "{" not in path, f"add something for the parameter of {route.path} to the fixture 'ids'"
+    foreign = service.http(service.stranger).request(route.method, path)
+    unknown = service.http(service.stranger).request(route.method, path.replace(path.split("/")[3], new_id("x")))
+    assert foreign.status_code == 404, foreign.text
+    assert set(foreign.json()["error"]) == {"message", "type", "param", "code"}
+    assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] or "jobs" in path
+    assert service.http(service.tenant).request(route.method, path).status_code == 200
+
+
+@pytest.mark.parametrize("route", TENANT_ROUTES, ids=str)
+def test_no_route_answers_without_a_key(service: Service, route: Route) -> None:
+    http = service.http()
+    http.headers.pop("authorization")
+    body = {"model": "tiny", "training_file": "x", "messages": [{"role": "user", "content": "x"}]}
+    body = {k: v for k, v in body.items() if ("chat" in route.path) == (k == "messages") or k == "model"}
+    answer = http.request(route.method, route.path, json=body)
+    assert answer.status_code == 401
+
+
+def test_lists_show_nothing_of_another_project(service: Service, ids: dict[str, str]) -> None:
+    stranger = service.client(service.stranger)
+    assert list(stranger.files.list()) == []
+    assert list(stranger.fine_tuning.jobs.list()) == []
+    assert not any(model.id.startswith("ft:") for model in stranger.models.list())
+
+
+def test_the_openapi_document_names_the_error_of_every_route(service: Service) -> None:
+    document = service.http().get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorBody"}
