@@ -1,0 +1,170 @@
+"""``python -m worker.child`` as its parent sees it, on a real base model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.worker.support import BASE_MODEL, chat_rows
+from uora.artifact import loads
+from uora.spec import AdapterSpec, HyperparameterRequest, resolve
+from worker.child_process import COMMAND, child_environment
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step, parse_report
+
+Child = subprocess.Popen[str]
+
+
+@pytest.fixture
+def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
+    """Eight rows, two epochs of four steps."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(chat_rows(8))
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+    return ChildRequest(
+        spec=resolve(
+            HyperparameterRequest(n_epochs=2, batch_size=2),
+            adapter=AdapterSpec(r=4),
+            learning_rate=0.01,
+            seed=1,
+            n_examples=8,
+        ),
+        base_model=BASE_MODEL,
+        base_source=f"path:{tiny_model}",
+        training_file=rows,
+        validation_file=rows,
+        work_dir=work_dir,
+        cache_dir=tmp_path / "cache",
+        dtype="float32",
+        torch_threads=1,
+    )
+
+
+@pytest.fixture
+def child(request_: ChildRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
+    """A child that waits for its request."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        COMMAND,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=child_environment(),
+        cwd=request_.work_dir,
+        start_new_session=True,
+    )
+    yield process
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def tell(child: Child, request: ChildRequest) -> None:
+    assert child.stdin is not None
+    child.stdin.write(request.model_dump_json() + "\n")
+    child.stdin.flush()
+
+
+def reports(child: Child) -> list[Report]:
+    """All reports; the whole of stdout must be reports."""
+    assert child.stdout is not None
+    return [parse_report(line) for line in child.stdout]
+
+
+def test_a_whole_run(child: Child, request_: ChildRequest) -> None:
+    tell(child, request_)
+    said = reports(child)
+
+    assert child.wait(timeout=20) == 0
+    assert [type(report) for report in said] == [Started, *[Step] * 4, Evaluated, *[Step] * 4, Evaluated, Done]
+    started, steps, done = said[0], [report for report in said if isinstance(report, Step)], said[-1]
+    assert isinstance(started, Started)
+    assert started.total_steps == 8
+    assert [step.step for step in steps] == list(range(1, 9))
+    assert isinstance(done, Done)
+    assert (done.steps, done.trained_tokens) == (8, steps[-1].trained_tokens)
+    final = (request_.work_dir / done.file).read_bytes()
+    for report in said:
+        if isinstance(report, Evaluated):
+            manifest = loads((request_.work_dir / report.file).read_bytes()).manifest
+            assert manifest.base_model == BASE_MODEL
+            assert report.metrics["valid_loss"] is not None
+    assert loads(final).manifest.digest == manifest.digest
+
+
+def test_an_unknown_error_is_hidden(child: Child, request_: ChildRequest, tmp_path: Path) -> None:
+    folder = tmp_path / "hunter2"
+    folder.mkdir()
+    tell(child, request_.model_copy(update={"training_file": folder}))
+    (report,) = reports(child)
+
+    assert child.wait(timeout=20) == 0
+    assert isinstance(report, Failed)
+    assert (report.failure.code, report.failure.kind) == ("internal_error", "platform")
+    assert "hunter2" not in report.model_dump_json()
+    assert child.stderr is not None
+    assert "hunter2" in child.stderr.read()
+
+
+def test_a_bad_row_names_file_and_line(child: Child, request_: ChildRequest, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(chat_rows(2) + b"{}\n")
+    tell(child, request_.model_copy(update={"validation_file": bad}))
+    (report,) = reports(child)
+
+    assert isinstance(report, Failed)
+    assert (report.failure.code, report.failure.param) == ("missing_messages", "validation_file")
+    assert report.failure.message.startswith("Line 3")
+
+
+def test_it_leaves_with_its_parent_and_takes_its_folder_along(child: Child, request_: ChildRequest) -> None:
+    with _stuck(child, request_):
+        assert child.stdin is not None
+        child.stdin.close()
+
+        assert child.wait(timeout=5) != 0
+        assert not request_.work_dir.exists()
+
+
+def test_without_a_request_it_leaves(child: Child) -> None:
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(timeout=10) == 1
+
+
+def test_sigterm_ends_it_at_once(child: Child, request_: ChildRequest) -> None:
+    with _stuck(child, request_):
+        child.terminate()
+
+        assert child.wait(timeout=5) == 143
+
+
+def test_prints_of_libraries_do_not_reach_the_reports(tmp_path: Path) -> None:
+    script = "import os; from worker import child; s = child._take_stdout(); print('noise', flush=True)\n"
+    script += "os.system('echo more noise'); s.write('report\\n'); s.flush()\n"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, env=os.environ | child_environment()
+    )
+
+    assert result.stdout == "report\n"
+    assert result.stderr == "noise\nmore noise\n"
+
+
+@contextmanager
+def _stuck(child: Child, request: ChildRequest) -> Iterator[None]:
+    """The child is in the middle of reading a file that does not end."""
+    fifo = request.training_file.with_name("fifo")
+    os.mkfifo(fifo)
+    tell(child, request.model_copy(update={"training_file": fifo}))
+    with fifo.open("wb"):  # opens when the child does
+        yield

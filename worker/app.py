@@ -1,0 +1,110 @@
+"""The Celery application: ``celery -A worker.app worker ...``.
+
+| process | command |
+|---|---|
+| trainer | ``celery -A worker.app worker -Q training --pool threads -c 1 -n trainer@%h`` |
+| sweeper | ``celery -A worker.app worker -B -Q files,maintenance --pool threads -c 1 -n sweeper@%h`` |
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from celery import Celery
+from celery.signals import beat_embedded_init, worker_shutting_down
+
+from api.queue import QUEUES, VISIBILITY_TIMEOUT_SECONDS, TaskName, configure_broker, is_embedded
+from api.settings import Settings
+from worker import context
+from worker.tasks import files, maintenance, training
+
+TASKS: dict[TaskName, Callable[..., None]] = {
+    TaskName.VALIDATE: files.run,
+    TaskName.TRAIN: training.run,
+    TaskName.SWEEP: maintenance.run,
+}
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The application with every task and beat's schedule. Opens nothing."""
+    celery = Celery("uora")
+    configure_broker(celery, settings)
+    _configure(celery, settings)
+    for name, run in TASKS.items():
+        celery.task(name=name.value)(run)
+    return celery
+
+
+def _configure(celery: Celery, settings: Settings) -> None:
+    interval = settings.sweep_interval
+    visibility = {"visibility_timeout": VISIBILITY_TIMEOUT_SECONDS}
+    celery.conf.update(
+        task_serializer="json",
+        result_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,  # the database is the truth
+        result_expires=None,  # nothing to expire, so no daily task for it
+        # A message is gone when its task is done: one whose worker was killed comes back.
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        # A busy trainer must not sit on a message that an idle one could take.
+        worker_prefetch_multiplier=1,
+        # Training runs in a child process, so a thread is enough; and embedded beat needs no second pool.
+        worker_pool="threads",
+        worker_concurrency=1,
+        # Redis takes the shortest of the three, an unset default included.
+        result_backend_transport_options=visibility,
+        visibility_timeout=VISIBILITY_TIMEOUT_SECONDS,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        # The lease, not the connection, says who works on a job.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # Needs broadcasts: in a folder, those to workers that died would pile up for ever.
+        worker_enable_remote_control=not is_embedded(settings),
+        # Kept in memory: with one short interval there is nothing worth a file, which would be pickled too.
+        beat_scheduler="celery.beat:Scheduler",
+        beat_schedule={
+            "sweep": {
+                "task": TaskName.SWEEP.value,
+                "schedule": interval,
+                # A sweeper that was busy for long has one sweep to make up, not one for each interval.
+                "options": {"queue": QUEUES[TaskName.SWEEP], "expires": interval.total_seconds()},
+            }
+        },
+    )
+
+
+def _stop_training(**_: Any) -> None:
+    context.STOPPING.set()
+
+
+def _leave_with_worker(**_: Any) -> None:
+    """Embedded beat is a process of its own; when the worker is killed, nothing else would end it."""
+    threading.Thread(target=_exit_when_orphaned, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_when_orphaned(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+worker_shutting_down.connect(_stop_training)
+beat_embedded_init.connect(_leave_with_worker)
+
+
+@cache
+def _app() -> Celery:
+    return make_celery(Settings())
+
+
+def __getattr__(name: str) -> Any:
+    """``app``, made when Celery's command line asks for it: settings are read then, not at import."""
+    if name == "app":
+        return _app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

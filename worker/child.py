@@ -1,0 +1,169 @@
+"""One training run in a process of its own: ``python -m worker.child``, started by ``worker.supervisor``.
+
+A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here.
+The request comes as the first line on stdin; that stdin stays open means that the parent is alive. Reports leave
+on a private copy of stdout; the real one leads to stderr, so that no library's print can get between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from worker import failures
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step
+
+if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
+    from uora.data import ChatDataset
+    from uora.training import Evaluation, StepMetrics, TrainingResult
+
+logger = logging.getLogger(__name__)
+
+
+class ReportingObserver:
+    """``uora.training.TrainingObserver`` that writes a line per report, artifacts into the work folder."""
+
+    def __init__(self, request: ChildRequest, stream: TextIO) -> None:
+        self._request = request
+        self._stream = stream
+        self._stopped = False
+
+    def on_start(self, total_steps: int) -> None:
+        """Report the beginning."""
+        self._send(Started(total_steps=total_steps))
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Report a step."""
+        self._send(Step(**asdict(metrics)))
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Store the adapter as it is now and report it."""
+        file = self._store(f"step-{evaluation.step}", evaluation.artifact)
+        self._send(Evaluated(step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
+
+    def on_done(self, result: TrainingResult) -> None:
+        """Store the final adapter and report it."""
+        self._send(
+            Done(
+                file=self._store("final", result.artifact),
+                trained_tokens=result.trained_tokens,
+                steps=result.steps,
+                hits=result.hits,
+                metrics=dict(result.metrics),
+            )
+        )
+
+    def on_error(self, error: Exception, *, param: str | None) -> None:
+        """Report why there will be no adapter."""
+        self._send(Failed(failure=failures.describe(error, param=param)))
+
+    def should_stop(self) -> bool:
+        """Whether SIGTERM has arrived: asked at every step, in case some library swallowed the exception."""
+        return self._stopped
+
+    def stop(self, _signal: int, _frame: object) -> NoReturn:
+        """Handle SIGTERM: unwind at once, so that temporary files are removed on the way out."""
+        self._stopped = True
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _store(self, name: str, artifact: bytes) -> str:
+        file = f"{name}.safetensors"
+        (self._request.work_dir / file).write_bytes(artifact)
+        return file
+
+    def _send(self, report: Report) -> None:
+        self._stream.write(report.model_dump_json() + "\n")
+        self._stream.flush()
+
+
+def main() -> int:
+    """Read the request, train, report. Returns the exit status: 0 when a result or an error was reported."""
+    stream = _take_stdout()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1
+    request = ChildRequest.model_validate_json(line)
+    watch = threading.Thread(target=_leave_with_parent, args=(request.work_dir,), daemon=True)
+    watch.start()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    observer = ReportingObserver(request, stream)
+    signal.signal(signal.SIGTERM, observer.stop)
+    _run(request, observer)
+    return 0
+
+
+def _run(request: ChildRequest, observer: ReportingObserver) -> None:
+    reading: str | None = None
+    try:
+        from uora.data import read_chat_file
+
+        reading = "training_file"
+        training = read_chat_file(request.training_file)
+        reading = "validation_file"
+        validation = read_chat_file(request.validation_file) if request.validation_file else None
+        reading = None
+        observer.on_done(_train(request, observer, training=training, validation=validation))
+    except Exception as error:
+        logger.exception("training failed")
+        observer.on_error(error, param=reading)
+
+
+def _train(
+    request: ChildRequest,
+    observer: ReportingObserver,
+    *,
+    training: ChatDataset,
+    validation: ChatDataset | None,
+) -> TrainingResult:
+    import torch
+
+    from uora.models import fetch, pick_dtype
+    from uora.training import train
+
+    if request.torch_threads:
+        torch.set_num_threads(request.torch_threads)
+    return train(
+        request.spec,
+        base=fetch(request.base_model, request.base_source, cache_dir=request.cache_dir),
+        training=training,
+        validation=validation,
+        observer=observer,
+        frame_cache_dir=request.cache_dir / "frames",
+        dtype=pick_dtype(request.dtype),
+    )
+
+
+def _take_stdout() -> TextIO:
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(private, "w", encoding="utf-8")
+
+
+def _leave_with_parent(work_dir: Path) -> None:
+    # os.read, not sys.stdin: the interpreter cannot shut down while a thread is inside a buffered reader.
+    while os.read(0, 4096):
+        pass
+    shutil.rmtree(work_dir, ignore_errors=True)  # nobody else will
+    if os.getpgrp() == os.getpid():  # started as leader: take along whatever was started from here
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    # Everything is written and removed by now; taking torch down in good order would last seconds more.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        _exit(main())
+    except SystemExit as stopped:
+        _exit(int(stopped.code or 0))

@@ -1,0 +1,141 @@
+"""The process of one training run, seen from the worker: started, told, listened to, stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, cast
+
+from pydantic import ValidationError
+
+from worker.lease import Lease
+from worker.messages import ChildRequest, Report, parse_report
+
+logger = logging.getLogger(__name__)
+
+#: What a child may see of the environment: where programs, temporary files, caches and devices are, and how to
+#: reach the sources of base models. No setting of this service is among it.
+_PASSED = frozenset(
+    {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "VIRTUAL_ENV"}
+    | {"LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+)
+_PASSED_PREFIXES = (
+    *("LC_", "XDG_", "HF_", "PIP_"),
+    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "TORCH", "PYTORCH_"),
+)
+
+#: -P: what lies in the work folder is data, not code.
+COMMAND = (sys.executable, "-P", "-m", "worker.child")
+_STDERR_LINES_KEPT = 40
+
+
+class ChildProcess:
+    """A running ``python -m worker.child``, its reports and the end of its stderr."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._stdin, self._stdout, self._stderr = (
+            cast(IO[str], stream) for stream in (process.stdin, process.stdout, process.stderr)
+        )
+        self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self._last_lines: deque[str] = deque(maxlen=_STDERR_LINES_KEPT)
+        self._readers = (
+            threading.Thread(target=self._read_reports, daemon=True),
+            threading.Thread(target=self._last_lines.extend, args=(self._stderr,), daemon=True),
+        )
+        for reader in self._readers:
+            reader.start()
+
+    @classmethod
+    @contextmanager
+    def running(cls, request: ChildRequest, *, grace: timedelta) -> Iterator[ChildProcess]:
+        """Start a child on ``request``; at the end of the block it is gone."""
+        process = subprocess.Popen(  # noqa: S603 - a constant of this module
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=request.work_dir,
+            env=child_environment(),
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C in the worker's terminal is the worker's to handle
+        )
+        child = cls(process)
+        try:
+            child.send(request)
+            yield child
+        finally:
+            child.stop(grace)
+
+    def send(self, request: ChildRequest) -> None:
+        """Hand over the request; stdin stays open for as long as this process lives."""
+        with suppress(BrokenPipeError):  # it is gone already: its end is found where reports are read
+            self._stdin.write(request.model_dump_json() + "\n")
+            self._stdin.flush()
+
+    def next_report(self, *, within_seconds: float) -> Report | None:
+        """The next report, or None after the last. Raises ``queue.Empty`` if there is none yet."""
+        return self._reports.get(timeout=within_seconds)
+
+    def wait(self, grace: timedelta) -> int | None:
+        """The exit status of a child that said its last; negative is a signal, None that it does not end."""
+        try:
+            return self._process.wait(timeout=grace.total_seconds())
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self, grace: timedelta) -> None:
+        """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=grace.total_seconds())
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._close()
+
+    def log_stderr(self, lease: Lease, *, level: int) -> None:
+        """Write the last lines of the child's stderr to this worker's log."""
+        self._readers[1].join(timeout=1)
+        for line in list(self._last_lines):
+            logger.log(level, "job %s, training process: %s", lease.job_id, line.rstrip())
+
+    def _close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        for reader, stream in zip(self._readers, (self._stdout, self._stderr), strict=True):
+            reader.join(timeout=1)
+            # Somebody who left the child's group may still hold the pipe; closing under a reader would hang.
+            if not reader.is_alive():
+                stream.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _read_reports(self) -> None:
+        for line in self._stdout:
+            try:
+                self._reports.put(parse_report(line))
+            except ValidationError:
+                logger.exception("unreadable report of a training process: %.200r", line)
+        self._reports.put(None)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a training child: a list of what is passed, so that a new secret is never among it."""
+    passed = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(_PASSED_PREFIXES)}
+    # The child starts in its work folder; it finds this code where this process has it from.
+    return passed | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"}

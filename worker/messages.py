@@ -1,0 +1,96 @@
+"""What a training child is told, and what it tells: one JSON object a line, on its stdin and on its stdout.
+
+No secret and no database address is among it. Numbers that are not finite arrive as None: JSON has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from uora.spec import TrainingSpec
+from worker.failures import Failure
+
+#: Measurements by OpenAI's names; None where the number was not finite.
+Metrics = dict[str, float | None]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ChildRequest(_Message):
+    """One training run."""
+
+    spec: TrainingSpec
+    base_model: str
+    #: Where the base model comes from (see ``uora.models``).
+    base_source: str
+    training_file: Path
+    validation_file: Path | None
+    #: Folder for the child's results, removed by the parent.
+    work_dir: Path
+    cache_dir: Path
+    dtype: str
+    #: 0 leaves torch's own choice.
+    torch_threads: int
+
+
+class Started(_Message):
+    """Everything is loaded, the first step begins."""
+
+    type: Literal["started"] = "started"
+    total_steps: int
+
+
+class Step(_Message):
+    """One optimizer step is done (``uora.training.StepMetrics``)."""
+
+    type: Literal["step"] = "step"
+    step: int
+    total_steps: int
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
+    learning_rate: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    hits: int
+    trained_tokens: int
+
+
+class Evaluated(_Message):
+    """An evaluation is done; the adapter as it was then lies in ``file`` of the work folder."""
+
+    type: Literal["evaluation"] = "evaluation"
+    step: int
+    metrics: Metrics
+    file: str
+
+
+class Done(_Message):
+    """The run is complete; the adapter lies in ``file`` of the work folder."""
+
+    type: Literal["done"] = "done"
+    file: str
+    trained_tokens: int
+    steps: int
+    hits: int
+    metrics: Metrics
+
+
+class Failed(_Message):
+    """The run ended with an error."""
+
+    type: Literal["failed"] = "failed"
+    failure: Failure
+
+
+Report = Annotated[Started | Step | Evaluated | Done | Failed, Field(discriminator="type")]
+_reports: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def parse_report(line: str) -> Report:
+    """Read one line of a child's stdout."""
+    return _reports.validate_json(line)

@@ -1,0 +1,142 @@
+"""What users see of a running job: its events, its progress, its checkpoints. Every write is fenced."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.database import new_id, now
+from api.jobs.models import Checkpoint, Job
+from api.jobs.repository import add_event
+from api.models.models import Adapter
+from api.projects.models import Project
+from uora.artifact import Artifact, loads
+from worker.lease import Lease, Sessions, writing
+from worker.messages import Evaluated, Metrics, Step
+
+#: Metrics events of one job, about; longer runs get every k-th step's.
+MAX_METRICS_EVENTS = 200
+PROGRESS_INTERVAL_SECONDS = 0.5
+
+
+class JobProgress:
+    """Records the reports of one training run. Raises ``LeaseLost`` when the job is no longer this worker's."""
+
+    def __init__(self, sessions: Sessions, lease: Lease) -> None:
+        self._sessions = sessions
+        self._lease = lease
+        self._total_steps = 0
+        self._last_write = -math.inf
+
+    def on_start(self, total_steps: int) -> None:
+        """Record that the first step begins."""
+        self._total_steps = total_steps
+        with writing(self._sessions, self._lease) as (session, job):
+            job.progress = {"step": 0, "total_steps": total_steps}
+            add_event(session, job.id, message="Fine-tuning job started")
+
+    def on_step(self, step: Step) -> None:
+        """Record a step: its metrics event, if its turn has come, and the progress, twice a second at most."""
+        event_due = is_event_due(step.step, total_steps=step.total_steps)
+        if not event_due and monotonic() - self._last_write < PROGRESS_INTERVAL_SECONDS:
+            return
+        self._last_write = monotonic()
+        with writing(self._sessions, self._lease) as (session, job):
+            job.progress = step.model_dump(
+                include={"step", "total_steps", "train_loss", "tokens_per_second", "seconds_left", "hits"}
+            )
+            if step.seconds_left is not None:
+                job.estimated_finish = now() + timedelta(seconds=step.seconds_left)
+            if event_due:
+                data = step.model_dump(exclude={"type"})
+                add_metrics_event(session, job.id, step.step, step.total_steps, metrics=data)
+
+    def on_evaluation(self, evaluated: Evaluated, artifact: bytes) -> None:
+        """Verify and store a checkpoint: its row, its adapter and its events in one transaction.
+
+        Raises:
+            ArtifactError: the child wrote something else than an adapter.
+        """
+        verified = loads(artifact)
+        with writing(self._sessions, self._lease) as (session, job):
+            name = checkpoint_name(model_name(session, job), evaluated.step)
+            if session.scalar(select(Adapter.seq).where(Adapter.id == name)) is not None:
+                return  # written before, in a transaction whose answer was lost
+            metrics = finite(evaluated.metrics)
+            session.add(make_adapter(job, name, verified, artifact, checkpoint_step=evaluated.step))
+            session.add(
+                Checkpoint(
+                    id=new_id("ftckpt_"),
+                    job_id=job.id,
+                    step_number=evaluated.step,
+                    model_name=name,
+                    metrics={"step": evaluated.step} | metrics,
+                )
+            )
+            add_metrics_event(session, job.id, evaluated.step, self._total_steps, metrics=metrics)
+            add_event(session, job.id, message=f"Checkpoint created at step {evaluated.step}")
+
+
+def is_event_due(step: int, *, total_steps: int) -> bool:
+    """Whether a step has a metrics event: the first, the last, and as many between as users look at."""
+    every = math.ceil(max(total_steps, 1) / MAX_METRICS_EVENTS)
+    return step in (1, total_steps) or step % every == 0
+
+
+def add_metrics_event(session: Session, job_id: str, step: int, total_steps: int, *, metrics: dict[str, Any]) -> None:
+    """Append a measurement, in OpenAI's words."""
+    losses = ", ".join(
+        f"{words}={metrics[name]:.2f}"
+        for name, words in (
+            ("train_loss", "training loss"),
+            ("valid_loss", "validation loss"),
+            ("full_valid_loss", "full validation loss"),
+        )
+        if metrics.get(name) is not None
+    )
+    data = {"step": step, "total_steps": total_steps} | metrics
+    message = f"Step {step}/{total_steps}: {losses}".removesuffix(": ")
+    add_event(session, job_id, message=message, type="metrics", data=data)
+
+
+def model_name(session: Session, job: Job) -> str:
+    """The name under which the job's result answers: ``ft:<base>:<project>:<suffix>:<end of the job's id>``."""
+    slug = session.execute(select(Project.slug).where(Project.id == job.project_id)).scalar_one()
+    return f"ft:{job.model}:{slug}:{job.suffix or ''}:{job.id[-8:]}"
+
+
+def checkpoint_name(model: str, step: int) -> str:
+    """The name under which a checkpoint answers."""
+    return f"{model}:ckpt-step-{step}"
+
+
+def make_adapter(
+    job: Job, name: str, verified: Artifact, artifact: bytes, *, checkpoint_step: int | None = None
+) -> Adapter:
+    """The row that makes ``artifact`` servable."""
+    return Adapter(
+        id=name,
+        project_id=job.project_id,
+        job_id=job.id,
+        base_model=job.model,
+        checkpoint_step=checkpoint_step,
+        digest=verified.manifest.digest,
+        manifest=verified.manifest.model_dump(mode="json"),
+        artifact=artifact,
+    )
+
+
+def finite(metrics: Metrics) -> dict[str, float]:
+    """Without the measurements that were not finite."""
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def read_artifact(work_dir: Path, file: str) -> bytes:
+    """What the child stored under ``file``; only names directly in its work folder are read."""
+    return (work_dir / Path(file).name).read_bytes()

@@ -1,0 +1,73 @@
+"""Looks after jobs that nobody looks after: lost messages, vanished trainers, cancels that nobody saw."""
+
+from __future__ import annotations
+
+import logging
+
+from sqlalchemy import ColumnElement, and_, false, or_, select
+from sqlalchemy.orm import Session
+
+from api.jobs.models import Job, JobStatus
+from api.queue import TaskName
+from worker import failures
+from worker.context import Resources
+from worker.lease import database_now
+from worker.results import mark_cancelled, mark_failed
+
+logger = logging.getLogger(__name__)
+
+#: Messages of one sweep and task; what waits beyond them is rung for when these are taken.
+MAX_RINGS = 100
+
+
+def sweep(held: Resources) -> None:
+    """End the jobs that no trainer will, then ring for those that wait for one."""
+    _end_abandoned(held)
+    _ring_again(held)
+
+
+def _end_abandoned(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        out_of_attempts = Job.lost_trainers + 1 >= held.settings.max_attempts
+        statement = (
+            select(Job)
+            .where(_lost(session), or_(Job.cancel_requested, out_of_attempts))
+            .with_for_update(skip_locked=True)  # its trainer renews it this moment: not lost after all
+        )
+        for job in session.scalars(statement):
+            logger.warning("job %s: its trainer %s vanished", job.id, job.lease_owner)
+            job.lost_trainers += 1
+            if job.cancel_requested:
+                mark_cancelled(session, job)
+            else:
+                mark_failed(session, job, failures.TRAINER_LOST)
+
+
+def _ring_again(held: Resources) -> None:
+    with held.sessions() as session:
+        due = {
+            TaskName.VALIDATE: _ids(session, _stale_validation(held, session)),
+            TaskName.TRAIN: _ids(
+                session,
+                or_(Job.status == JobStatus.QUEUED, and_(_lost(session), Job.cancel_requested == false())),
+            ),
+        }
+    for task, job_ids in due.items():
+        # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up
+        # one more of them for each job and sweep.
+        if job_ids and held.queue.waiting(task) == 0:
+            for job_id in job_ids:
+                held.queue.send(task, job_id)
+
+
+def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:
+    before = database_now(session) - held.settings.sweep_interval
+    return and_(Job.status == JobStatus.VALIDATING_FILES, Job.created_at < before)
+
+
+def _lost(session: Session) -> ColumnElement[bool]:
+    return and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now(session))
+
+
+def _ids(session: Session, criterion: ColumnElement[bool]) -> list[str]:
+    return list(session.scalars(select(Job.id).where(criterion).order_by(Job.seq).limit(MAX_RINGS)))

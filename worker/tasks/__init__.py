@@ -1,0 +1,1 @@
+"""Celery's tasks. Each is a few lines: claim, call, record."""

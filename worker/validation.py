@@ -1,0 +1,152 @@
+"""Checks a new job's files with the base model's own tokenizer, and queues it or fails it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import exists, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from api.database import now
+from api.errors import FileNotFound
+from api.files.repository import FileRepository
+from api.jobs.models import Job, JobEvent, JobStatus
+from api.jobs.repository import add_event, move_job
+from api.queue import TaskName
+from api.unit_of_work import open_unit_of_work
+from uora.data import ChatDataset, check_lengths, read_chat_file
+from uora.errors import BaseModelError, UoraError
+from uora.spec import AdapterSpec, HyperparameterRequest, TrainingSpec, resolve
+from worker import failures
+from worker.context import Resources
+from worker.failures import Failure, FailureKind
+from worker.results import add_failure_event, stored_error
+
+logger = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The job cannot be trained, and the user is told why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def validate(held: Resources, job_id: str) -> None:
+    """Move a job on from ``validating_files``. A job that has moved on already is left alone."""
+    job = _begin(held, job_id)
+    if job is None:
+        return
+    try:
+        spec = _check(held, job)
+    except Refused as refused:
+        _fail(held, job, refused.failure)
+    except SQLAlchemyError:
+        raise  # the database's trouble, not the job's: the sweeper rings again
+    except Exception as error:
+        logger.exception("job %s: validation failed", job.id)
+        _fail(held, job, failures.describe(error))
+    else:
+        _queue(held, job, spec)
+
+
+def _begin(held: Resources, job_id: str) -> Job | None:
+    with open_unit_of_work(held.sessions, held.queue) as work:
+        statement = select(Job).where(Job.id == job_id, Job.status == JobStatus.VALIDATING_FILES)
+        job = work.session.scalar(statement)
+        if job is not None:
+            _announce(work.session, job)
+        return job
+
+
+def _announce(session: Session, job: Job) -> None:
+    message = f"Validating training file: {job.training_file}"
+    if job.validation_file:
+        message += f" and validation file: {job.validation_file}"
+    # Said once, however often the message of the queue is repeated.
+    said = exists().where(JobEvent.job_id == job.id, JobEvent.message == message)
+    if not session.scalar(select(said)):
+        add_event(session, job.id, message=message)
+
+
+def _check(held: Resources, job: Job) -> TrainingSpec:
+    datasets = {"training_file": _read(held, job, job.training_file, param="training_file")}
+    if job.validation_file:
+        datasets["validation_file"] = _read(held, job, job.validation_file, param="validation_file")
+    _check_lengths(held, job, datasets)
+    return resolve(
+        HyperparameterRequest.model_validate(job.hyperparameters),
+        adapter=AdapterSpec.model_validate(job.adapter),
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        n_examples=len(datasets["training_file"].rows),
+    )
+
+
+def _read(held: Resources, job: Job, file_id: str, *, param: str) -> ChatDataset:
+    try:
+        with held.sessions() as session:
+            key = FileRepository(session, job.project_id).get(file_id).storage_key
+        with _refusing(param), held.storage.local_path(key) as path:
+            return read_chat_file(path)
+    except (FileNotFound, FileNotFoundError) as error:
+        logger.warning("job %s: %s", job.id, error)
+        message = f"The file {file_id} is not there any more. Upload it again and create a new job."
+        missing = Failure(kind=FailureKind.USER, code="file_not_found", message=message, param=param)
+        raise Refused(missing) from error
+
+
+def _check_lengths(held: Resources, job: Job, datasets: dict[str, ChatDataset]) -> None:
+    # Loads torch, which takes seconds: not before the files are known to be well-formed.
+    from uora.models import context_tokens, fetch, load_tokenizer
+
+    source = held.settings.base_models.get(job.model)
+    if source is None:
+        raise BaseModelError(f"{job.model!r} is not among the base models of this process's settings.")
+    local = fetch(job.model, source, cache_dir=held.settings.cache_dir)
+    tokenizer = load_tokenizer(local)
+    max_tokens = context_tokens(local)
+    for param, dataset in datasets.items():
+        with _refusing(param):
+            check_lengths(dataset, tokenizer, max_tokens=max_tokens)
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """Name the file in errors of its content."""
+    try:
+        yield
+    except UoraError as error:
+        raise Refused(failures.describe(error, param=param)) from error
+
+
+def _queue(held: Resources, job: Job, spec: TrainingSpec) -> None:
+    with open_unit_of_work(held.sessions, held.queue) as work:
+        moved = move_job(
+            work.session,
+            job.id,
+            source=JobStatus.VALIDATING_FILES,
+            target=JobStatus.QUEUED,
+            training_spec=spec.model_dump(mode="json"),
+        )
+        if moved:
+            add_event(work.session, job.id, message="Files validated, moving job to queued state")
+            work.ring(TaskName.TRAIN, job.id)
+
+
+def _fail(held: Resources, job: Job, failure: Failure) -> None:
+    with open_unit_of_work(held.sessions, held.queue) as work:
+        moved = move_job(
+            work.session,
+            job.id,
+            source=JobStatus.VALIDATING_FILES,
+            target=JobStatus.FAILED,
+            error=stored_error(failure),
+            finished_at=now(),
+        )
+        if moved:
+            add_failure_event(work.session, job.id, failure)
