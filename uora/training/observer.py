@@ -1,0 +1,83 @@
+"""What a training run tells its caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        step: from 1.
+        total_steps: of the whole run.
+        train_loss: mean over the learned tokens of this step's batch, in nats per token.
+        train_mean_token_accuracy: share of these tokens that the model ranked first, 0..1.
+        learning_rate: that this step was made with.
+        tokens_per_second: ``trained_tokens`` over the time spent in steps so far.
+        seconds_left: estimate for the rest of the run, evaluations included once one has been seen.
+        hits: reinitialisation hits of the run so far.
+        trained_tokens: of the run so far: all tokens but padding, prompts included, counted again in every epoch.
+    """
+
+    step: int
+    total_steps: int
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+    hits: int
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The adapter as it was after ``step``.
+
+    ``metrics`` are those of the fine-tuning API's checkpoints: ``step``, ``train_loss`` and
+    ``train_mean_token_accuracy`` of that step's batch; with a validation set also ``valid_loss``,
+    ``valid_mean_token_accuracy`` and the same with ``full_`` before them. Each evaluation goes over the whole set,
+    so the two are equal.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    artifact: bytes
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    ``artifact`` and ``metrics`` are those of the evaluation after the last step; ``trained_tokens`` and ``hits``
+    count as in `StepMetrics`.
+    """
+
+    artifact: bytes
+    trained_tokens: int
+    steps: int
+    hits: int
+    metrics: dict[str, float]
+
+
+class TrainingObserver(Protocol):
+    """The caller's side of a run. Its methods are called in the thread that trains, so they should be quick."""
+
+    def on_start(self, total_steps: int) -> None:
+        """Data and model are ready; the first step comes next."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """An optimizer step was made."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """The adapter was evaluated; its artifact can be kept as a checkpoint."""
+
+    def should_stop(self) -> bool:
+        """Asked after every step and every batch of an evaluation; True ends the run with `TrainingStopped`."""
+
+
+class TrainingStopped(Exception):
+    """``should_stop`` answered True."""
