@@ -92,9 +92,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Sizes of the demo; the defaults are what ``make demo`` runs."""
     parser = argparse.ArgumentParser(description="The main job, end to end.")
-    parser.add_argument("--train", type=int, default=960, help="training rows")
+    parser.add_argument("--train", type=int, default=800, help="training rows")
     parser.add_argument("--validation", type=int, default=64, help="validation rows")
-    parser.add_argument("--held-out", type=int, default=400, help="held-out reviews asked at the end")
+    parser.add_argument("--held-out", type=int, default=300, help="held-out reviews asked at the end")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--r", type=int, default=64, help="rank")

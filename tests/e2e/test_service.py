@@ -16,11 +16,11 @@ import pytest
 import redis
 
 from tests.api.support import empty_database, postgres_refusal
-from tests.e2e.support import Running, ask, chat_rows, service, upload, wait_for, wait_job
+from tests.e2e.support import SYSTEM, Running, ask, chat_rows, service, upload, wait_for, wait_job
 from tests.tiny import make_tiny_llama
 
 WORDS = ["sun", "moon", "rain", "snow", "wind", "leaf", "rock", "sand"]
-#: Questions a tiny random model can learn by heart.
+#: A tiny random model learns to begin with the right letter, and no more.
 DAY = chat_rows([(word, "day") for word in WORDS] * 4)
 NIGHT = chat_rows([(word, "night") for word in WORDS] * 4)
 QUICK = {"n_epochs": 12, "batch_size": 8}
@@ -66,7 +66,7 @@ def running(
 
 
 def tune(client: openai.OpenAI, rows: bytes, **options: object) -> openai.types.fine_tuning.FineTuningJob:
-    """Train on ``rows`` until they are known by heart."""
+    """Train on ``rows`` for some seconds."""
     fields = {"hyperparameters": QUICK, "seed": 1} | options
     return client.fine_tuning.jobs.create(
         model="tiny",
@@ -94,9 +94,9 @@ def test_two_tenants_tune_and_ask(running: Running) -> None:
     assert day.method.supervised.hyperparameters.n_epochs == 12
 
     # Each model answers at once and for its own project; the base model is as it was.
-    assert ask(sunny, day.fine_tuned_model, "moon") == "day"
-    assert ask(gloomy, night.fine_tuned_model or "", "moon") == "night"
-    assert ask(sunny, "tiny", "moon") not in ("day", "night")
+    assert ask(sunny, day.fine_tuned_model, "moon", max_tokens=1) == "d"
+    assert ask(gloomy, night.fine_tuned_model or "", "moon", max_tokens=1) == "n"
+    assert ask(sunny, "tiny", "moon", max_tokens=1) not in ("d", "n")
     for client, foreign in ((sunny, night.fine_tuned_model), (gloomy, day.fine_tuned_model)):
         with pytest.raises(openai.NotFoundError) as refused:
             ask(client, foreign or "", "moon")
@@ -105,13 +105,16 @@ def test_two_tenants_tune_and_ask(running: Running) -> None:
     # Streaming gives the same text.
     stream = sunny.chat.completions.create(
         model=day.fine_tuned_model,
-        messages=[{"role": "system", "content": "Answer with one word."}, {"role": "user", "content": "sun"}],
+        messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": "sun"}],
         temperature=0,
+        max_tokens=8,
         stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "day"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ask(
+        sunny, day.fine_tuned_model, "sun"
+    )
     assert chunks[-1].usage
     assert chunks[-1].usage.completion_tokens > 0
 
@@ -123,10 +126,10 @@ def test_two_tenants_tune_and_ask(running: Running) -> None:
     assert any("completed" in event.message for event in events)
     checkpoints = list(sunny.fine_tuning.jobs.checkpoints.list(day.id))
     assert checkpoints
-    newest = checkpoints[0]
-    assert newest.metrics.valid_loss is not None
-    assert newest.metrics.valid_loss < 0.5
-    assert ask(sunny, newest.fine_tuned_model_checkpoint, "rain") == "day"
+    newest, oldest = checkpoints[0], checkpoints[-1]
+    assert newest.step_number > oldest.step_number
+    assert (newest.metrics.valid_loss or 99) < (oldest.metrics.valid_loss or 0)
+    assert ask(sunny, newest.fine_tuned_model_checkpoint, "rain", max_tokens=1) == "d"
 
     # The model is a row: deleted, it is gone.
     assert day.fine_tuned_model in [model.id for model in sunny.models.list()]
