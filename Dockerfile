@@ -11,7 +11,7 @@ COPY worker worker
 FROM base AS api
 # The lock pins the versions, the extra chooses what is installed.
 RUN pip install --constraint requirements.lock '.[api]'
-COPY alembic.ini Procfile ./
+COPY alembic.ini ./
 COPY migrations migrations
 USER uora
 

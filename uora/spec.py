@@ -28,8 +28,9 @@ class AdapterSpec(_Frozen):
     method: Literal["uora"] = "uora"
     #: Rank. The reference code takes 256; 64 on all linear layers is what was measured here.
     r: int = Field(default=64, ge=1, le=4096)
-    #: ``all-linear``, or the last parts of module names. The reference code adapts q and v only.
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    #: ``all-linear``; ``q,v``, the query and value projections that the reference code adapts; or the last parts of
+    #: module names.
+    targets: Literal["all-linear", "q,v"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     #: What a hit leaves of a frame's row: ``row = alpha row + (1 - alpha) target row``.
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     #: ``|d[i]| < tau`` counts towards a hit.

@@ -33,7 +33,7 @@ class PeftRequest(AdapterSpec):
     @classmethod
     def _split_targets(cls, value: Any) -> Any:
         """Take ``"q_proj,v_proj"`` as well as a list."""
-        if isinstance(value, str) and value != "all-linear":
+        if isinstance(value, str) and value not in ("all-linear", "q,v"):
             return [name.strip() for name in value.split(",") if name.strip()]
         return value
 

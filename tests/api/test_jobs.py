@@ -108,6 +108,15 @@ class TestCreate:
             n_epochs=3, batch_size=4, learning_rate_multiplier=0.5
         )
 
+    @pytest.mark.parametrize(
+        ("sent", "kept"),
+        [("q,v", "q,v"), ("all-linear", "all-linear"), (["k_proj"], ("k_proj",)), ("a, b", ("a", "b"))],
+    )
+    def test_targets(self, service: Service, client: OpenAI, file_id: str, sent: Any, kept: Any) -> None:
+        peft = {"peft": {"targets": sent}}
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=peft)
+        assert AdapterSpec.model_validate(stored_job(service, job.id).adapter).targets == kept
+
     def test_the_deprecated_place_of_hyperparameters(self, client: OpenAI, file_id: str) -> None:
         job = client.fine_tuning.jobs.create(
             model="tiny", training_file=file_id, hyperparameters={"n_epochs": 2, "batch_size": "auto"}

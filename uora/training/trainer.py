@@ -91,7 +91,7 @@ def _adapted_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = UoraConfig(
         r=adapter.r,
-        target_modules=adapter.targets if adapter.targets == "all-linear" else list(adapter.targets),
+        target_modules=_target_modules(adapter),
         alpha=adapter.alpha,
         tau=adapter.tau,
         count_k=adapter.count_k,
@@ -106,6 +106,17 @@ def _adapted_model(
         raise SpecError(
             f"The targets {adapter.targets} cannot be adapted in {base.name}: {error}", param="targets"
         ) from error
+
+
+def _target_modules(adapter: AdapterSpec) -> str | list[str] | None:
+    """The targets in PEFT's terms; None lets it take the query and value projections of the model's family."""
+    match adapter.targets:
+        case "all-linear":
+            return "all-linear"
+        case "q,v":
+            return None
+        case names:
+            return list(names)
 
 
 def _run(

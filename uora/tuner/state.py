@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def export_artifact(
     layers = tuner.adapter_layers(adapter_name)
     manifest = Manifest.of(
         provenance,
-        adapter=_spec_of(config),
+        adapter=_spec_of(config, layers),
         modules=tuple(
             ModuleShape(name=name, in_features=layer.in_features, out_features=layer.out_features)
             for name, layer in layers.items()
@@ -58,11 +59,11 @@ def export_artifact(
     return dumps(Artifact(manifest, {"d": d.numpy(), "b": b.numpy(), "hits": hits}))
 
 
-def _spec_of(config: UoraConfig) -> AdapterSpec:
-    targets = config.target_modules
+def _spec_of(config: UoraConfig, modules: Iterable[str]) -> AdapterSpec:
     return AdapterSpec(
         r=config.r,
-        targets="all-linear" if isinstance(targets, str) or targets is None else tuple(sorted(targets)),
+        # PEFT has replaced "all-linear" by every name; the last parts say as much in a line.
+        targets=tuple(sorted({name.rpartition(".")[2] for name in modules})),
         alpha=config.alpha,
         tau=config.tau,
         count_k=config.count_k,

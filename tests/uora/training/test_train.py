@@ -237,6 +237,20 @@ def test_row_longer_than_the_context_is_refused(run: Run) -> None:
     assert caught.value.code == "example_too_long"
 
 
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("q,v", {"q_proj", "v_proj"}),
+        (("k_proj",), {"k_proj"}),
+    ],
+)
+def test_targets(run: Run, targets: Any, expected: set[str]) -> None:
+    manifest = loads(run(make_spec(targets=targets, n_epochs=1), make_dataset(4)).artifact).manifest
+    assert {module.name.rpartition(".")[2] for module in manifest.modules} == expected
+    assert set(manifest.adapter.targets) == expected
+
+
 def test_targets_that_match_nothing_are_refused(run: Run) -> None:
     with pytest.raises(SpecError, match="nowhere") as caught:
         run(make_spec(targets=("nowhere",)), make_dataset(4))
