@@ -89,17 +89,7 @@ def _adapted_model(
     adapter: AdapterSpec, base: LocalModel, *, frame_cache_dir: Path | None, dtype: torch.dtype
 ) -> PeftModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = UoraConfig(
-        r=adapter.r,
-        target_modules=_target_modules(adapter),
-        alpha=adapter.alpha,
-        tau=adapter.tau,
-        count_k=adapter.count_k,
-        d_initial=adapter.d_initial,
-        dropout=adapter.dropout,
-        frame_seed=adapter.frame_seed,
-        frame_cache_dir=str(frame_cache_dir) if frame_cache_dir else None,
-    )
+    config = UoraConfig.of(adapter, target_modules=_target_modules(adapter), frame_cache_dir=frame_cache_dir)
     try:
         return get_peft_model(load_model(base, dtype=dtype, device=device), config)
     except ValueError as error:  # PEFT's word for targets that match nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from peft import PeftConfig
 
@@ -14,6 +14,8 @@ from uora.reinit import ReinitRule
 from uora.spec import AdapterSpec
 
 _DEFAULTS = AdapterSpec()
+#: What a spec and a configuration both hold, under the same names.
+_SHARED = set(AdapterSpec.model_fields) - {"method", "targets"}
 
 
 @dataclass
@@ -58,6 +60,19 @@ class UoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
     )
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, *, target_modules: list[str] | str | None, frame_cache_dir: Path | None) -> Self:
+        """The configuration for ``spec`` on this machine, with its targets in PEFT's terms."""
+        return cls(
+            **spec.model_dump(include=_SHARED),
+            target_modules=target_modules,
+            frame_cache_dir=str(frame_cache_dir) if frame_cache_dir else None,
+        )
+
+    def spec(self, *, targets: tuple[str, ...]) -> AdapterSpec:
+        """The same values as they are stored with an adapter."""
+        return AdapterSpec(targets=targets, **{name: getattr(self, name) for name in _SHARED})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import nn
 
 from uora.artifact import Artifact, Manifest, ModuleShape, Provenance, dumps
 from uora.errors import ShapeError
-from uora.spec import AdapterSpec
 from uora.tuner.config import UoraConfig
 from uora.tuner.model import UoraModel
 
@@ -45,7 +43,8 @@ def export_artifact(
     layers = tuner.adapter_layers(adapter_name)
     manifest = Manifest.of(
         provenance,
-        adapter=_spec_of(config, layers),
+        # PEFT has replaced "all-linear" by every name; the last parts say as much in a line.
+        adapter=config.spec(targets=tuple(sorted({name.rpartition(".")[2] for name in layers}))),
         modules=tuple(
             ModuleShape(name=name, in_features=layer.in_features, out_features=layer.out_features)
             for name, layer in layers.items()
@@ -57,20 +56,6 @@ def export_artifact(
     b = torch.cat([layer.uora_lambda_b[adapter_name].detach().float().cpu() for layer in layers.values()])
     hits = tuner.uora_hits[adapter_name].cpu().numpy().astype(np.int32)
     return dumps(Artifact(manifest, {"d": d.numpy(), "b": b.numpy(), "hits": hits}))
-
-
-def _spec_of(config: UoraConfig, modules: Iterable[str]) -> AdapterSpec:
-    return AdapterSpec(
-        r=config.r,
-        # PEFT has replaced "all-linear" by every name; the last parts say as much in a line.
-        targets=tuple(sorted({name.rpartition(".")[2] for name in modules})),
-        alpha=config.alpha,
-        tau=config.tau,
-        count_k=config.count_k,
-        d_initial=config.d_initial,
-        dropout=config.dropout,
-        frame_seed=config.frame_seed,
-    )
 
 
 def load_artifact(
@@ -99,19 +84,10 @@ def load_artifact(
 
 
 def _config_of(manifest: Manifest, frame_cache_dir: Path | None) -> UoraConfig:
-    spec = manifest.adapter
-    return UoraConfig(
-        r=spec.r,
-        target_modules=[module.name for module in manifest.modules],
-        alpha=spec.alpha,
-        tau=spec.tau,
-        count_k=spec.count_k,
-        d_initial=spec.d_initial,
-        dropout=spec.dropout,
-        frame_seed=spec.frame_seed,
-        frame_fingerprint=dict(manifest.fingerprint),
-        frame_cache_dir=str(frame_cache_dir) if frame_cache_dir else None,
-    )
+    names = [module.name for module in manifest.modules]
+    config = UoraConfig.of(manifest.adapter, target_modules=names, frame_cache_dir=frame_cache_dir)
+    config.frame_fingerprint = dict(manifest.fingerprint)
+    return config
 
 
 def _check_modules(base: nn.Module, manifest: Manifest) -> None:
