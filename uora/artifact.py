@@ -69,7 +69,7 @@ class Manifest(Provenance):
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers trained: r + out per module (uora.md §1)."""
+        """Numbers trained: r + out per module (arXiv 2505.20154)."""
         return sum(self.adapter.r + module.out_features for module in self.modules)
 
     def frame_keys(self) -> set[FrameKey]:

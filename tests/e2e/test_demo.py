@@ -27,7 +27,7 @@ def test_shortened_demo(tmp_path: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.keys() == KEYS
     assert result["held_out"] == 32
-    # uora.md §1: out + r for each of the 30 layers' q, k, v, o, gate, up and down.
+    # out + r (arXiv 2505.20154) for each of the 30 layers' q, k, v, o, gate, up and down.
     assert result["trainable_parameters"] == 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576 + 7 * 64)
     assert result["adapter_bytes"] < result["lora8_bytes"] / 10
     assert 0.0 <= result["base_accuracy"] <= 1.0

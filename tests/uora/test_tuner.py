@@ -247,7 +247,7 @@ class _Linears(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(size, size, device="meta") for _ in range(count))
 
 
-# uora.md §1: (model, targets, r, trainable parameters); GPT-2's fused c_attn as two layers of its width.
+# (model, r, trainable parameters): the sum of out + r over adapted layers; GPT-2's fused c_attn as two layers.
 COUNTS = [
     ("roberta-base", 8, 18_624),
     ("roberta-base", 16, 18_816),
