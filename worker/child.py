@@ -135,7 +135,7 @@ def _train(
         training=training,
         validation=validation,
         observer=observer,
-        frame_cache_dir=request.cache_dir / "frames",
+        frame_cache_dir=request.cache_dir,
         dtype=pick_dtype(request.dtype),
     )
 

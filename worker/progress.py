@@ -15,6 +15,7 @@ from api.database import new_id, now
 from api.jobs.models import Checkpoint, Job
 from api.jobs.repository import add_event
 from api.models.models import Adapter
+from api.models.service import checkpoint_name, model_name
 from api.projects.models import Project
 from uora.artifact import Artifact, loads
 from worker.lease import Lease, Sessions, writing
@@ -65,7 +66,7 @@ class JobProgress:
         """
         verified = loads(artifact)
         with writing(self._sessions, self._lease) as (session, job):
-            name = checkpoint_name(model_name(session, job), evaluated.step)
+            name = checkpoint_name(result_name(session, job), step=evaluated.step)
             if session.scalar(select(Adapter.seq).where(Adapter.id == name)) is not None:
                 return  # written before, in a transaction whose answer was lost
             metrics = finite(evaluated.metrics)
@@ -105,15 +106,10 @@ def add_metrics_event(session: Session, job_id: str, step: int, total_steps: int
     add_event(session, job_id, message=message, type="metrics", data=data)
 
 
-def model_name(session: Session, job: Job) -> str:
-    """The name under which the job's result answers: ``ft:<base>:<project>:<suffix>:<end of the job's id>``."""
+def result_name(session: Session, job: Job) -> str:
+    """The name under which the job's result answers."""
     slug = session.execute(select(Project.slug).where(Project.id == job.project_id)).scalar_one()
-    return f"ft:{job.model}:{slug}:{job.suffix or ''}:{job.id[-8:]}"
-
-
-def checkpoint_name(model: str, step: int) -> str:
-    """The name under which a checkpoint answers."""
-    return f"{model}:ckpt-step-{step}"
+    return model_name(job.model, slug=slug, suffix=job.suffix, job_id=job.id)
 
 
 def make_adapter(

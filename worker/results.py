@@ -14,7 +14,7 @@ from uora.artifact import Artifact, loads
 from worker.failures import Failure
 from worker.lease import Lease, Sessions, writing
 from worker.messages import Done
-from worker.progress import make_adapter, model_name
+from worker.progress import make_adapter, result_name
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def mark_cancelled(session: Session, job: Job) -> None:
 
 
 def _mark_succeeded(session: Session, job: Job, finished: Finished, verified: Artifact) -> None:
-    name = model_name(session, job)
+    name = result_name(session, job)
     session.add(make_adapter(job, name, verified, finished.artifact))
     _end(job, JobStatus.SUCCEEDED)
     job.fine_tuned_model = name

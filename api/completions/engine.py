@@ -1,4 +1,7 @@
-"""The client of the engine's internal HTTP: a request goes out, lines of JSON come back as they are made."""
+"""The engine's internal HTTP: a request goes out, lines of JSON come back as they are made.
+
+The bodies are defined here for both sides; `EngineClient` is the api's.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,19 @@ class Message(BaseModel):
 
 
 class GenerateRequest(BaseModel):
-    """Body of ``POST /generate``."""
+    """Body of ``POST /generate``. ``max_tokens`` None means up to the context's end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     base_model: str
-    adapter: AdapterTarget | None
-    messages: list[Message]
-    n: int = 1
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: list[str] = Field(default_factory=list)
+    adapter: AdapterTarget | None = None
+    messages: list[Message] = Field(min_length=1)
+    n: int = Field(default=1, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: list[str] = Field(default_factory=list, max_length=4)
 
 
 class _Event(BaseModel):
@@ -54,7 +59,7 @@ class _Event(BaseModel):
 class Start(_Event):
     """The prompt was accepted."""
 
-    type: Literal["start"]
+    type: Literal["start"] = "start"
     prompt_tokens: int
     system_fingerprint: str
 
@@ -62,7 +67,7 @@ class Start(_Event):
 class Delta(_Event):
     """More text of one choice."""
 
-    type: Literal["delta"]
+    type: Literal["delta"] = "delta"
     index: int
     text: str
 
@@ -70,7 +75,7 @@ class Delta(_Event):
 class Finish(_Event):
     """One choice is complete."""
 
-    type: Literal["finish"]
+    type: Literal["finish"] = "finish"
     index: int
     finish_reason: Literal["stop", "length"]
     completion_tokens: int
@@ -79,7 +84,7 @@ class Finish(_Event):
 class Failure(_Event):
     """The generation broke off."""
 
-    type: Literal["error"]
+    type: Literal["error"] = "error"
     code: str
     message: str
 

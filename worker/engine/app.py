@@ -14,9 +14,11 @@ import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from api.completions.engine import AdapterTarget, Failure, Finish, GenerateRequest, Message, Start
+from api.completions.engine import Delta as DeltaLine
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.artifact import Artifact, Manifest
@@ -27,29 +29,6 @@ from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
 log = structlog.get_logger()
-
-
-class AdapterReference(BaseModel):
-    """The adapter that answers: the model's name and the digest that the api found in its row."""
-
-    id: str
-    digest: str
-
-
-class GenerateRequest(BaseModel):
-    """One request of the api. ``max_tokens`` None means up to the context's end."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    base_model: str
-    adapter: AdapterReference | None = None
-    messages: list[dict[str, str]] = Field(min_length=1)
-    n: int = Field(default=1, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int | None = None
-    stop: list[str] = Field(default_factory=list, max_length=4)
 
 
 class EngineError(Exception):
@@ -133,15 +112,11 @@ async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_run
         raise EngineError(503, "engine_busy", "Too many requests are waiting; try again in a moment.") from None
     except EngineStoppedError:
         raise EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.") from None
-    start = {
-        "type": "start",
-        "prompt_tokens": len(prompt),
-        "system_fingerprint": _system_fingerprint(runner, manifest),
-    }
+    start = Start(prompt_tokens=len(prompt), system_fingerprint=_system_fingerprint(runner, manifest))
     return StreamingResponse(answers.lines(start), media_type="application/x-ndjson")
 
 
-def _load_adapter(runner: Runner, reference: AdapterReference) -> Artifact | None:
+def _load_adapter(runner: Runner, reference: AdapterTarget) -> Artifact | None:
     """The adapter, verified; None if this very content is resident already."""
     if reference.digest in runner.bank:
         return None
@@ -162,9 +137,9 @@ def _load_adapter(runner: Runner, reference: AdapterReference) -> Artifact | Non
     return artifact
 
 
-def _render(runner: Runner, messages: list[dict[str, str]]) -> list[int]:
+def _render(runner: Runner, messages: list[Message]) -> list[int]:
     try:
-        return render(runner.tokenizer, messages, add_generation_prompt=True)
+        return render(runner.tokenizer, [m.model_dump() for m in messages], add_generation_prompt=True)
     except UoraError as error:
         raise EngineError(400, "invalid_messages", error.message, param="messages") from error
 
@@ -219,7 +194,7 @@ class _Answers:
 
         return emit
 
-    async def lines(self, start: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def lines(self, start: Start) -> AsyncIterator[bytes]:
         """The response. Leaving it early, as when the client goes away, cancels what is still running."""
         try:
             yield _line(start)
@@ -230,30 +205,29 @@ class _Answers:
                     yield _line(_failure(item))
                     return
                 if item.text:
-                    yield _line({"type": "delta", "index": index, "text": item.text})
+                    yield _line(DeltaLine(index=index, text=item.text))
                 if item.finish_reason:
                     unfinished -= 1
                     yield _line(
-                        {
-                            "type": "finish",
-                            "index": index,
-                            "finish_reason": item.finish_reason,
-                            "completion_tokens": item.completion_tokens,
-                        }
+                        Finish(
+                            index=index,
+                            finish_reason=item.finish_reason,
+                            completion_tokens=item.completion_tokens,
+                        )
                     )
         finally:
             for generation in self.generations:
                 generation.cancelled = True
 
 
-def _failure(error: Exception) -> dict[str, str]:
+def _failure(error: Exception) -> Failure:
     if isinstance(error, EngineStoppedError):
-        return {"type": "error", "code": "engine_stopping", "message": "The engine is shutting down; try again."}
+        return Failure(code="engine_stopping", message="The engine is shutting down; try again.")
     if isinstance(error, UoraError):
-        return {"type": "error", "code": error.code, "message": error.message}
+        return Failure(code=error.code, message=error.message)
     log.error("generation_failed", exc_info=error)
-    return {"type": "error", "code": "generation_failed", "message": "The engine failed while generating."}
+    return Failure(code="generation_failed", message="The engine failed while generating.")
 
 
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+def _line(event: BaseModel) -> bytes:
+    return event.model_dump_json().encode() + b"\n"
