@@ -3,13 +3,19 @@
 ```
 UoraError                     code, param: stable names a service can pass on
   ├── SpecError               a method, rank or hyperparameter that cannot be used
+  │     ├── UnknownMethodError    none of the methods that there are
+  │     ├── RankError             below 1, or more than memory allows
+  │     ├── TargetError           targets that name no module of the base model
+  │     └── UnsupportedLayerError a target, or a base model, whose layers are of another kind
   ├── DataError               a data set that cannot be trained on; names its line
   ├── BaseModelError          an unknown, unreachable or damaged base model
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
   └── ArtifactError           a stored adapter that must not be served
-        ├── FormatError           not an adapter, or of a newer format
+        ├── FormatError           not an adapter
+        │     └── NewerFormatError  an adapter of a newer format version
         ├── DigestError           a byte has changed since it was written
         ├── ShapeError            the tensors do not fit the manifest or the model
+        ├── NonFiniteError        the tensors hold NaN or infinity
         └── FingerprintError      the frames built here are not those it was trained on
 ```
 Every message says what was found, what was expected and what to do.
@@ -22,18 +28,48 @@ class UoraError(Exception):
     """Base of all errors raised on purpose by ``uora``."""
 
     code = "uora_error"
+    #: What the error is about when its raiser does not say.
+    default_param: str | None = None
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or type(self).code
-        self.param = param
+        self.param = param or type(self).default_param
 
 
 class SpecError(UoraError):
     """A method, rank, target or hyperparameter that cannot be used."""
 
     code = "invalid_hyperparameters"
+
+
+class UnknownMethodError(SpecError):
+    """A method that is none of those there are."""
+
+    code = "unknown_method"
+    default_param = "method"
+
+
+class RankError(SpecError):
+    """A rank below 1, or one that memory does not allow."""
+
+    code = "invalid_rank"
+    default_param = "r"
+
+
+class TargetError(SpecError):
+    """Targets that name no module of the base model."""
+
+    code = "targets_not_found"
+    default_param = "targets"
+
+
+class UnsupportedLayerError(SpecError):
+    """A target, or a base model, whose layers are of a kind that is not adapted."""
+
+    code = "unsupported_layer"
+    default_param = "targets"
 
 
 class DataError(UoraError):
@@ -67,9 +103,15 @@ class ArtifactError(UoraError):
 
 
 class FormatError(ArtifactError):
-    """The bytes are no adapter, or one of a newer format version."""
+    """The bytes are no adapter."""
 
     code = "adapter_format"
+
+
+class NewerFormatError(FormatError):
+    """An adapter of a format version that this release does not read."""
+
+    code = "adapter_format_newer"
 
 
 class DigestError(ArtifactError):
@@ -82,6 +124,12 @@ class ShapeError(ArtifactError):
     """The tensors do not fit the manifest, or the manifest does not fit the model."""
 
     code = "adapter_shape_mismatch"
+
+
+class NonFiniteError(ArtifactError):
+    """The tensors hold NaN or infinity."""
+
+    code = "adapter_not_finite"
 
 
 class FingerprintError(ArtifactError):

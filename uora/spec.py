@@ -1,36 +1,58 @@
 """What to train, as values: parsed once, frozen, without torch.
 
-``HyperparameterRequest`` is what a client asks for, ``"auto"`` included; ``resolve`` turns it into the
-numbers that are run, once the number of examples is known.
+``AdapterSpec`` is one of five methods' settings, told apart by ``method``. ``HyperparameterRequest`` is what a client
+asks for, ``"auto"`` included; ``resolve`` turns it into the numbers that are run, once the number of examples is known.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from uora.errors import RankError, SpecError, UnknownMethodError
 
 Auto = Literal["auto"]
-
-#: Learning rate of multiplier 1 for the vectors of a UORA adapter on all linear layers: 1e-2 had not
-#: converged after 60 steps of 16 chat rows on SmolLM2-135M-Instruct where 5e-2 had.
-BASE_LEARNING_RATE = 5e-2
+MethodName = Literal["uora", "vera", "lora", "olora", "osora"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+#: How the numbers of a frame are drawn (``uora.frames``).
+FrameInit = Literal["orthogonal", "kaiming", "xavier", "uniform"]
+#: What is learned: the answers of conversations; completions of prompts; a class or a number for a text or a pair of
+#: texts; a class for an image.
+Task = Literal["chat", "completion", "classification", "regression", "image-classification"]
+TASKS: tuple[Task, ...] = get_args(Task)
+Targets = Literal["all-linear", "q,v"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class AdapterSpec(_Frozen):
-    """A UORA adapter before training (arXiv 2505.20154; defaults of the reference code unless noted)."""
+class _MethodSpec(_Frozen):
+    """What every method has."""
+
+    #: Learning rate of multiplier 1.
+    base_learning_rate: ClassVar[float]
+
+    #: Rank.
+    r: int = Field(ge=1, le=4096)
+    #: ``all-linear``; ``q,v``, the query and value projections; or the last parts of module names.
+    targets: Targets = "all-linear"
+    #: On the layer's input, in training.
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class UoraSpec(_MethodSpec):
+    """UORA (arXiv 2505.20154; defaults of its author's code unless noted): b and d are trained, frames are frozen."""
+
+    #: 1e-2 had not converged after 60 steps of 16 chat rows on SmolLM2-135M-Instruct, all linear layers, where 5e-2 had.
+    base_learning_rate: ClassVar[float] = 5e-2
 
     method: Literal["uora"] = "uora"
-    #: Rank. The reference code takes 256; 64 on all linear layers is what was measured here.
+    #: The reference code takes 256; 64 on all linear layers is what was measured here.
     r: int = Field(default=64, ge=1, le=4096)
-    #: ``all-linear``; ``q,v``, the query and value projections that the reference code adapts; or the last parts of
-    #: module names.
-    targets: Literal["all-linear", "q,v"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     #: What a hit leaves of a frame's row: ``row = alpha row + (1 - alpha) target row``.
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     #: ``|d[i]| < tau`` counts towards a hit.
@@ -38,9 +60,104 @@ class AdapterSpec(_Frozen):
     #: Every ``count_k``-th count is a hit.
     count_k: int = Field(default=1, ge=1)
     d_initial: float = 0.1
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     #: Names the frames. Adapters of one base model share them only if they have the same seed.
     frame_seed: int = Field(default=0, ge=0, lt=2**63)
+    #: Whether a hit changes an index of the frames for all layers (the reference) or for the layer that was hit.
+    reinit_scope: Literal["shared", "layer"] = "shared"
+    #: Let a layer's alpha decay with its counts c on the index: ``max(0.5, alpha - 0.05 c)``.
+    dynamic_alpha: bool = False
+    #: An extension: hit this share of all d, those of the smallest magnitude, instead of those below ``tau``.
+    tau_quantile: float | None = Field(default=None, gt=0.0, lt=1.0)
+    #: Optimizer steps between two such hits.
+    reinit_interval: int | None = Field(default=None, ge=1)
+    #: How the frames are drawn; other than orthogonal is for comparison.
+    init: FrameInit = "orthogonal"
+
+    @model_validator(mode="after")
+    def _quantile_has_interval(self) -> UoraSpec:
+        if (self.tau_quantile is None) != (self.reinit_interval is None):
+            raise ValueError("tau_quantile and reinit_interval go together; give both or neither")
+        return self
+
+
+class VeraSpec(_MethodSpec):
+    """VeRA (arXiv 2310.11454): b and d over frozen Kaiming-uniform matrices."""
+
+    base_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["vera"] = "vera"
+    r: int = Field(default=256, ge=1, le=4096)
+    d_initial: float = 0.1
+    #: Names the matrices.
+    frame_seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class LoraSpec(_MethodSpec):
+    """LoRA (arXiv 2106.09685): a trained pair, scaled by ``lora_alpha / r``."""
+
+    base_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["lora"] = "lora"
+    r: int = Field(default=8, ge=1, le=4096)
+    lora_alpha: float = Field(default=16.0, gt=0.0)
+
+
+class OloraSpec(_MethodSpec):
+    """OLoRA (arXiv 2406.01775): LoRA that starts from the QR factors of the weight."""
+
+    base_learning_rate: ClassVar[float] = 2e-4
+
+    method: Literal["olora"] = "olora"
+    r: int = Field(default=8, ge=1, le=4096)
+    lora_alpha: float = Field(default=16.0, gt=0.0)
+
+
+class OsoraSpec(_MethodSpec):
+    """OSoRA (arXiv 2505.14350): singular values and output scales over the weight's singular vectors."""
+
+    base_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["osora"] = "osora"
+    r: int = Field(default=64, ge=1, le=4096)
+
+
+def method_of(value: Any) -> str | None:
+    """Which method a mapping or a spec names; one that names none is UORA's."""
+    if isinstance(value, Mapping):
+        return str(value.get("method", "uora"))
+    return getattr(value, "method", None)
+
+
+AdapterSpec = Annotated[
+    Annotated[UoraSpec, Tag("uora")]
+    | Annotated[VeraSpec, Tag("vera")]
+    | Annotated[LoraSpec, Tag("lora")]
+    | Annotated[OloraSpec, Tag("olora")]
+    | Annotated[OsoraSpec, Tag("osora")],
+    Discriminator(method_of),
+]
+_adapter_specs: TypeAdapter[AdapterSpec] = TypeAdapter(AdapterSpec)
+
+
+def parse_adapter(values: Mapping[str, Any]) -> AdapterSpec:
+    """An adapter's settings from plain values, as they are stored with a job.
+
+    Raises:
+        UnknownMethodError: a method that is none of `METHODS`.
+        RankError: a rank that no method takes.
+        SpecError: any other setting that cannot be used.
+    """
+    method = method_of(values)
+    if method not in METHODS:
+        raise UnknownMethodError(f"Found the method {method!r}; expected one of {', '.join(METHODS)}.")
+    try:
+        return _adapter_specs.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])  # the first part is the method
+        kind = RankError if name == "r" else SpecError
+        text = f"Method {method}, {name or 'settings'}: found {first['input']!r}; {first['msg']}."
+        raise kind(text, param=name or None) from error
 
 
 class HyperparameterRequest(_Frozen):
@@ -63,6 +180,7 @@ class TrainingSpec(_Frozen):
     """One training run."""
 
     adapter: AdapterSpec
+    task: Task = "chat"
     hyperparameters: Hyperparameters
     #: Peak learning rate of the linear decay.
     learning_rate: float
@@ -80,15 +198,17 @@ def resolve(
     learning_rate: float | None,
     seed: int,
     n_examples: int,
+    task: Task = "chat",
 ) -> TrainingSpec:
     """Replace every ``"auto"`` by a number that suits ``n_examples`` training rows.
 
     Args:
         request: what the client asked for.
         adapter: the adapter to train.
-        learning_rate: an absolute rate that replaces the default one before the multiplier; None for the default.
+        learning_rate: an absolute rate that replaces the method's before the multiplier; None for the method's.
         seed: order of the rows, dropout.
         n_examples: rows of the training file.
+        task: what to learn.
     """
     batch_size = max(1, min(16, n_examples // 8)) if request.batch_size == "auto" else request.batch_size
     # "auto" makes about 60 steps, and at most 10 epochs.
@@ -97,7 +217,8 @@ def resolve(
     multiplier = 1.0 if request.learning_rate_multiplier == "auto" else request.learning_rate_multiplier
     return TrainingSpec(
         adapter=adapter,
+        task=task,
         hyperparameters=Hyperparameters(n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=multiplier),
-        learning_rate=(BASE_LEARNING_RATE if learning_rate is None else learning_rate) * multiplier,
+        learning_rate=(adapter.base_learning_rate if learning_rate is None else learning_rate) * multiplier,
         seed=seed,
     )
