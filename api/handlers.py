@@ -92,6 +92,9 @@ def explain(errors: Sequence[Mapping[str, Any]], *, body: Any) -> InvalidRequest
             param=first,
             code="unknown_parameter",
         )
+    if same[0]["type"] == "union_tag_invalid":
+        found, expected = _shorten(same[0]["ctx"]["tag"]), same[0]["ctx"]["expected_tags"]
+        return InvalidRequest(f"{first}: found {found}; expected one of {expected}.", param=first)
     found = _shorten(same[0].get("input"))
     return InvalidRequest(f"{first or 'body'}: found {found}; expected {_expectations(same)}.", param=first)
 
@@ -109,6 +112,8 @@ def _path(error: Mapping[str, Any], *, body: Any) -> str | None:
         elif isinstance(cursor, list) and isinstance(step, int):
             path += f"[{step}]"
             cursor = cursor[step]
+    if error["type"] == "union_tag_invalid":  # the key that tells the branches apart, in quotes
+        path += "." + error["ctx"]["discriminator"].strip("'")
     if error["type"] == "missing" and steps:  # its last step is what the body does not have
         path += f".{steps[-1]}" if path else str(steps[-1])
     return path or None

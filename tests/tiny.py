@@ -1,12 +1,24 @@
-"""A base model small enough for any test: a Llama built from a config, with a real tokenizer and chat template."""
+"""Base models small enough for any test, built from configs: a Llama with a real tokenizer and chat template, a BERT
+with a tokenizer of letters, a ViT with an image processor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 #: ChatML without a default system message.
 CHATML = (
@@ -57,13 +69,81 @@ def make_tiny_llama(directory: Path, *, chat_template: str = CHATML, max_tokens:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    _save(directory, lambda: LlamaForCausalLM(config), tokenizer)
+    return directory
+
+
+def make_tiny_bert(directory: Path, *, with_pooler: bool = True) -> Path:
+    """Write an encoder without a head, as all-MiniLM-L6-v2 is one; see `make_tiny_llama`.
+
+    Args:
+        directory: made if it is not there.
+        with_pooler: whether its files hold the pooler that a classifier stands on.
+    """
+    tokenizer = make_letter_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    _save(directory, lambda: BertModel(config, add_pooling_layer=with_pooler), tokenizer)
+    return directory
+
+
+def make_tiny_vit(directory: Path) -> Path:
+    """Write an encoder of 16 x 16 images without a head; see `make_tiny_llama`."""
+    config = ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+    )
+    _save(
+        directory,
+        lambda: ViTModel(config, add_pooling_layer=False),
+        ViTImageProcessorPil(size={"height": 16, "width": 16}),
+    )
+    return directory
+
+
+def _save(
+    directory: Path, build: Callable[[], PreTrainedModel], inputs: PreTrainedTokenizerFast | ViTImageProcessorPil
+) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = build()
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    inputs.save_pretrained(directory)
+
+
+def make_letter_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over single letters, with BERT's special tokens and segments."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,!?"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    )
 
 
 def make_tiny_tokenizer(*, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:

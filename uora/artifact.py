@@ -1,15 +1,15 @@
-"""The stored form of an adapter: one safetensors file with its manifest in the header. Never pickled, never a matrix.
+"""The stored form of an adapter: one safetensors file with its manifest in the header. Never pickled.
 
-Tensors: ``d`` float32 ``(modules, r)``, ``b`` float32 ``(sum of out)`` in the order of ``manifest.modules``, ``hits``
-int32 ``(r,)``. Everything else that a layer needs is rebuilt from the manifest's seed. ``manifest.digest`` covers the
-manifest and every tensor, so a changed byte anywhere is found before the adapter is used.
+Its tensors are those of its method (``uora.layout``) and, for a classifier, its head's, named ``head.<parameter>``.
+What several adapters share (frames, singular vectors) is not among them: it is rebuilt from the manifest.
+``manifest.digest`` covers the manifest and every tensor, so a changed byte anywhere is found before the adapter is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
@@ -19,24 +19,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from uora.errors import DigestError, FormatError, ShapeError
-from uora.frames import FRAME_VERSION, FrameKey, Side
-from uora.spec import AdapterSpec
+from uora import layout
+from uora.errors import DigestError, FormatError, NewerFormatError, NonFiniteError, ShapeError
+from uora.frames import FRAME_VERSION, PROBES, FrameKey
+from uora.layout import ModuleShape
+from uora.reinit import ReinitRule, weights
+from uora.spec import AdapterSpec, OsoraSpec, Task, UoraSpec
 
 FORMAT: Final = "uora-adapter"
-FORMAT_VERSION = 1
+#: 2: methods other than uora, tasks other than chat, heads. Everything of format 1 is read as it was.
+FORMAT_VERSION = 2
+#: Before a head's parameter in the tensors' names.
+HEAD = "head."
 _HEADER_KEY = "manifest"
-_DTYPES = {"d": np.dtype(np.float32), "b": np.dtype(np.float32), "hits": np.dtype(np.int32)}
-
-
-class ModuleShape(BaseModel):
-    """One adapted linear layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
 
 
 class Provenance(BaseModel):
@@ -47,40 +42,44 @@ class Provenance(BaseModel):
     base_model: str
     #: SHA-256 over the base model's float32 weights.
     base_digest: str
-    #: SHA-256 of the chat template that rendered the data; serving must use the same.
-    chat_template_sha256: str
+    #: SHA-256 of the chat template that rendered the data; serving must use the same. None for tasks without one.
+    chat_template_sha256: str | None = None
     #: SHA-256 of the training file.
     data_sha256: str
 
 
 class Manifest(Provenance):
-    """Everything but the vectors: with it and them, any machine rebuilds the adapter."""
+    """Everything but the numbers: with it and them, any machine rebuilds the adapter."""
 
     format: Literal["uora-adapter"] = FORMAT
     format_version: int = Field(default=FORMAT_VERSION, ge=1)
     frame_version: str = FRAME_VERSION
     adapter: AdapterSpec
+    task: Task = "chat"
     modules: tuple[ModuleShape, ...] = Field(min_length=1)
-    #: Probes of the frames trained on (``uora.frames.fingerprint``).
+    #: Probes of what it shares with others: frames (``uora.frames``) or singular vectors (``uora.svd``).
     fingerprint: dict[str, list[float]]
+    #: Names of a classifier's classes, in the order of its outputs.
+    labels: tuple[str, ...] = ()
+    #: Shapes of the head's parameters, by their names in the model.
+    head: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     #: SHA-256 over this manifest without the field itself, and the tensors.
     digest: str = ""
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers trained: r + out per module (arXiv 2505.20154)."""
-        return sum(self.adapter.r + module.out_features for module in self.modules)
+        """Numbers trained, the head's apart."""
+        return layout.trainable_parameters(self.adapter, self.modules)
+
+    @property
+    def head_parameters(self) -> int:
+        """Numbers of the head."""
+        return sum(int(np.prod(shape)) for shape in self.head.values())
 
     def frame_keys(self) -> set[FrameKey]:
         """Every frame that the adapter uses."""
-        sides: tuple[tuple[Side, str], ...] = (("A", "in_features"), ("B", "out_features"))
-        return {
-            FrameKey(self.adapter.frame_seed, side, generation, self.adapter.r, getattr(module, attribute))
-            for module in self.modules
-            for side, attribute in sides
-            for generation in (0, 1)
-        }
+        return layout.frame_keys(self.adapter, self.modules)
 
     @classmethod
     def of(cls, provenance: Provenance, **fields: Any) -> Self:
@@ -90,52 +89,64 @@ class Manifest(Provenance):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A manifest and its tensors ``d``, ``b``, ``hits`` (see the module's text for shapes)."""
+    """A manifest and its tensors."""
 
     manifest: Manifest
     tensors: Mapping[str, NDArray[Any]]
 
-    def vectors(self) -> Iterator[tuple[ModuleShape, NDArray[np.float32], NDArray[np.float32]]]:
-        """Each module with its d ``(r,)`` and b ``(out,)``."""
-        start = 0
-        for index, module in enumerate(self.manifest.modules):
-            end = start + module.out_features
-            yield module, self.tensors["d"][index], self.tensors["b"][start:end]
-            start = end
+    def parts(self) -> Iterator[tuple[ModuleShape, dict[str, NDArray[np.float32]]]]:
+        """Each module with its own numbers, named and shaped as in ``uora.layout``."""
+        manifest = self.manifest
+        yield from zip(
+            manifest.modules, layout.unpack(manifest.adapter, manifest.modules, self.tensors), strict=True
+        )
 
-    def weight(self) -> NDArray[np.float32]:
-        """Share w = alpha ** hits that the start frames still have, ``(r,)``."""
-        return np.power(self.manifest.adapter.alpha, self.tensors["hits"].astype(np.float64)).astype(np.float32)
+    def weights(self) -> NDArray[np.float32] | None:
+        """Share w that the start frames still have, per module, ``(modules, r)``; None if nothing was hit."""
+        spec = self.manifest.adapter
+        if not isinstance(spec, UoraSpec) or not self.tensors["hits"].any():
+            return None
+        shared_or_own = weights(ReinitRule.of(spec), self.tensors["hits"])
+        return np.broadcast_to(shared_or_own, (len(self.manifest.modules), spec.r))
+
+    def head(self) -> dict[str, NDArray[np.float32]]:
+        """The head's parameters by their names in the model; empty without one."""
+        return {name: self.tensors[HEAD + name] for name in self.manifest.head}
 
 
 def dumps(artifact: Artifact) -> bytes:
     """Serialise, with the digest filled in.
 
     Raises:
-        ShapeError: the tensors do not fit the manifest, or are not finite.
+        ShapeError: the tensors do not fit the manifest.
+        NonFiniteError: they hold NaN or infinity.
     """
     _check_tensors(artifact)
-    tensors = {name: np.ascontiguousarray(artifact.tensors[name]) for name in _DTYPES}
-    manifest = artifact.manifest.model_copy(update={"digest": _digest(artifact.manifest, tensors)})
-    return save(tensors, metadata={_HEADER_KEY: _canonical(manifest.model_dump(mode="json"))})
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in artifact.tensors.items()}
+    fields = artifact.manifest.model_dump(mode="json")
+    fields["digest"] = _digest(fields, tensors)
+    return save(tensors, metadata={_HEADER_KEY: _canonical(fields)})
 
 
 def loads(data: bytes) -> Artifact:
     """Read an adapter and verify it.
 
     Raises:
-        FormatError: not an adapter, or a newer format version.
+        FormatError: not an adapter.
+        NewerFormatError: one that a later release wrote.
         DigestError: a byte has changed since it was written.
-        ShapeError: tensors are missing, of another shape, or not finite.
+        ShapeError: tensors are missing or of another shape.
+        NonFiniteError: they hold NaN or infinity.
     """
     header, tensors = _open(data)
-    manifest = _parse_manifest(header)
-    artifact = Artifact(manifest, tensors)
+    fields = _read_fields(header)
+    artifact = Artifact(_parse_manifest(fields), tensors)
     _check_tensors(artifact)
-    found = _digest(manifest, tensors)
-    if found != manifest.digest:
+    # Over the fields as they were written: those that later formats add have no part in an older digest.
+    found, expected = _digest(fields, tensors), artifact.manifest.digest
+    if found != expected:
         raise DigestError(
-            f"The adapter's content has digest {found[:16]}..., expected {manifest.digest[:16]}... as its manifest "
+            f"The adapter's content has digest {found[:16]}..., expected {expected[:16]}... as its manifest "
             "says. It was changed or damaged after it was written; restore it from a backup or train it again."
         )
     return artifact
@@ -154,45 +165,52 @@ def _open(data: bytes) -> tuple[str, dict[str, NDArray[Any]]]:
     return metadata[_HEADER_KEY], tensors
 
 
-def _parse_manifest(text: str) -> Manifest:
+def _read_fields(header: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields: dict[str, Any] = json.loads(header)
         version = fields["format_version"]
         if fields["format"] != FORMAT or not isinstance(version, int):
             raise FormatError(f"Expected format {FORMAT!r}, found {fields['format']!r} version {version!r}.")
-        if version > FORMAT_VERSION:
-            raise FormatError(
-                f"The adapter has format version {version}; this release reads up to {FORMAT_VERSION}. Update it."
-            )
-        if fields["frame_version"] != FRAME_VERSION:
-            raise FormatError(f"Expected frames {FRAME_VERSION!r}, found {fields['frame_version']!r}.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"The adapter's manifest cannot be read: {error}") from error
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"The adapter has format version {version}; this release reads up to {FORMAT_VERSION}. Update it."
+        )
+    if fields.get("frame_version") != FRAME_VERSION:
+        raise FormatError(f"Expected frames {FRAME_VERSION!r}, found {fields.get('frame_version')!r}.")
+    return fields
+
+
+def _parse_manifest(fields: dict[str, Any]) -> Manifest:
+    try:
         return Manifest.model_validate(fields)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except ValidationError as error:
         raise FormatError(f"The adapter's manifest cannot be read: {error}") from error
 
 
 def _check_tensors(artifact: Artifact) -> None:
     manifest, tensors = artifact.manifest, artifact.tensors
-    r = manifest.adapter.r
-    expected: dict[str, tuple[int, ...]] = {
-        "d": (len(manifest.modules), r),
-        "b": (sum(module.out_features for module in manifest.modules),),
-        "hits": (r,),
-    }
+    float32 = np.dtype(np.float32)
+    expected = layout.shapes(manifest.adapter, manifest.modules)
+    expected |= {HEAD + name: (shape, float32) for name, shape in manifest.head.items()}
     if tensors.keys() != expected.keys():
         raise ShapeError(f"Expected the tensors {sorted(expected)}, found {sorted(tensors)}.")
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != _DTYPES[name]:
-            raise ShapeError(f"Tensor {name!r}: expected {shape} {_DTYPES[name]}, found {tensor.shape} {tensor.dtype}.")
-    if not (np.isfinite(tensors["d"]).all() and np.isfinite(tensors["b"]).all()):
-        raise ShapeError("The vectors hold NaN or infinity; the training diverged. Train with a lower learning rate.")
-    if (tensors["hits"] < 0).any():
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ShapeError(f"Tensor {name!r}: expected {shape} {dtype}, found {tensor.shape} {tensor.dtype}.")
+        if not np.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"Tensor {name!r} holds NaN or infinity, expected finite numbers; the training diverged. Train with a "
+                "lower learning rate."
+            )
+    if "hits" in tensors and (tensors["hits"] < 0).any():
         raise ShapeError("The hit counts hold negative numbers; the adapter is damaged.")
 
 
-def _digest(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(_canonical(manifest.model_dump(mode="json", exclude={"digest"})).encode())
+def _digest(fields: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(_canonical({name: fields[name] for name in fields if name != "digest"}).encode())
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
         digest.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode())
@@ -202,3 +220,17 @@ def _digest(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> str:
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def stored_bytes(spec: AdapterSpec, modules: Sequence[ModuleShape]) -> int:
+    """Size of an adapter's stored form, to a few bytes: the numbers in its manifest have not all the same length."""
+    probes = [-1.234567] * PROBES
+    names = {key.name for key in layout.frame_keys(spec, modules)}
+    if isinstance(spec, OsoraSpec):
+        names = {module.name for module in modules}
+    manifest = Manifest(
+        base_model="base-model", base_digest="0" * 64, chat_template_sha256="0" * 64, data_sha256="0" * 64,
+        adapter=spec, modules=tuple(modules), fingerprint=dict.fromkeys(names, probes),
+    )  # fmt: skip
+    tensors = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.shapes(spec, modules).items()}
+    return len(dumps(Artifact(manifest, tensors)))

@@ -1,12 +1,19 @@
-"""Exact conversion to plain LoRA, for stock PEFT and every LoRA server (no SVD, no torch).
+"""Exact conversion of every method to plain LoRA, for stock PEFT and every LoRA server: no SVD, no approximation.
 
-``diag(b) B diag(d) A`` is a product of rank r already: ``lora_A = diag(d) A``, ``lora_B = diag(b) B``, ``alpha = r``.
+| method | lora_A | lora_B | rank |
+|---|---|---|---|
+| uora, vera | diag(d) A | diag(b) B | r |
+| lora, olora | as stored | as stored | r, 2r |
+| osora | diag(s) V and diag(s0) V | diag(o) U and -U | 2r |
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,59 +21,136 @@ from safetensors.numpy import save_file
 
 from uora.artifact import Artifact
 from uora.frames import FrameKey, Side, check_fingerprint, fingerprint, frame
+from uora.layout import VERA_INIT, ModuleShape, pair_rank
+from uora.spec import FrameInit, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
+
+if TYPE_CHECKING:
+    from uora.svd import BaseWeights
 
 Float32 = NDArray[np.float32]
 
 
-def blended_frame(artifact: Artifact, side: Side, features: int, cache_dir: Path | None = None) -> Float32:
-    """The adapter's frame after its hits, ``w F0 + (1 - w) F1``, rows ``(r, features)``."""
-    spec = artifact.manifest.adapter
-    start, target = (
-        frame(FrameKey(spec.frame_seed, side, generation, spec.r, features), cache_dir) for generation in (0, 1)
-    )
-    weight = artifact.weight()[:, None]
-    return weight * start + (1 - weight) * target
+@dataclass(frozen=True)
+class Pair:
+    """A module's update as LoRA has it, ``dW = scale b a``: a ``(rank, in)``, b ``(out, rank)``."""
+
+    module: ModuleShape
+    a: Float32
+    b: Float32
 
 
-def lora_tensors(artifact: Artifact, cache_dir: Path | None = None) -> dict[str, Float32]:
-    """Weights of the equal LoRA, float32, named as PEFT names them in a checkpoint.
+@dataclass(frozen=True)
+class Scale:
+    """LoRA's rank and ``lora_alpha``; the pair is multiplied by ``alpha / rank``."""
+
+    rank: int
+    alpha: float
+
+
+def scale(artifact: Artifact) -> Scale:
+    """Rank and scale of the equal LoRA."""
+    match artifact.manifest.adapter:
+        case LoraSpec() | OloraSpec() as spec:
+            rank = pair_rank(spec)
+            return Scale(rank, spec.lora_alpha * rank / spec.r)
+        case OsoraSpec(r=r):
+            return Scale(2 * r, 2 * r)
+        case UoraSpec(r=r) | VeraSpec(r=r):
+            return Scale(r, r)
+
+
+def pairs(artifact: Artifact, *, base: BaseWeights | None = None, cache_dir: Path | None = None) -> Iterator[Pair]:
+    """Each module's pair.
+
+    Args:
+        artifact: a verified adapter.
+        base: the base model's weights; needed for osora alone, whose vectors stand on their singular vectors.
+        cache_dir: disk cache of frames.
 
     Raises:
-        FingerprintError: the frames built here are not those the adapter was trained on.
+        FingerprintError: the frames or singular vectors built here are not those the adapter was trained on.
     """
+    match artifact.manifest.adapter:
+        case LoraSpec() | OloraSpec():
+            for module, own in artifact.parts():
+                yield Pair(module, own["lora_a"], own["lora_b"])
+        case OsoraSpec() as spec:
+            yield from _singular_pairs(artifact, spec, base)
+        case UoraSpec(init=init) as spec:
+            yield from _frame_pairs(artifact, spec.frame_seed, init, cache_dir)
+        case VeraSpec() as spec:
+            yield from _frame_pairs(artifact, spec.frame_seed, VERA_INIT, cache_dir)
+
+
+def _frame_pairs(artifact: Artifact, seed: int, init: FrameInit, cache_dir: Path | None) -> Iterator[Pair]:
     check_fingerprint(artifact.manifest.fingerprint, fingerprint(artifact.manifest.frame_keys(), cache_dir))
+    r = artifact.manifest.adapter.r
+    weights = artifact.weights()
+
+    def blended(side: Side, features: int, index: int) -> Float32:
+        start, target = (FrameKey(seed, side, generation, r, features, init) for generation in (0, 1))
+        if weights is None:
+            return frame(start, cache_dir)
+        weight = weights[index][:, None]
+        return weight * frame(start, cache_dir) + (1 - weight) * frame(target, cache_dir)
+
+    for index, (module, own) in enumerate(artifact.parts()):
+        a = blended("A", module.in_features, index)
+        b_rows = blended("B", module.out_features, index)
+        yield Pair(module, own["d"][:, None] * a, own["b"][:, None] * b_rows.T)
+
+
+def _singular_pairs(artifact: Artifact, spec: OsoraSpec, base: BaseWeights | None) -> Iterator[Pair]:
+    from uora.svd import osora_pair  # it needs torch
+
+    if base is None:
+        raise ValueError("an osora adapter is converted with its base model's weights; give base")
+    names = [module.name for module in artifact.manifest.modules]
+    check_fingerprint(artifact.manifest.fingerprint, base.fingerprint(names, spec.r))
+    for module, own in artifact.parts():
+        a, b = osora_pair(base.factors(module.name, spec.r), own["o"], own["s"])
+        yield Pair(module, a, b)
+
+
+def lora_tensors(
+    artifact: Artifact, *, base: BaseWeights | None = None, cache_dir: Path | None = None
+) -> dict[str, Float32]:
+    """Weights of the equal LoRA, float32, named as PEFT names them in a checkpoint; arguments and errors of `pairs`."""
     tensors: dict[str, Float32] = {}
-    for module, d, b in artifact.vectors():
-        a = blended_frame(artifact, "A", module.in_features, cache_dir)
-        b_rows = blended_frame(artifact, "B", module.out_features, cache_dir)
-        prefix = f"base_model.model.{module.name}"
-        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(d[:, None] * a)
-        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[:, None] * b_rows.T)
-    return tensors
+    for pair in pairs(artifact, base=base, cache_dir=cache_dir):
+        prefix = f"base_model.model.{pair.module.name}"
+        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(pair.a)
+        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(pair.b)
+    return tensors | {f"base_model.model.{name}": tensor for name, tensor in artifact.head().items()}
 
 
 def lora_config(artifact: Artifact) -> dict[str, object]:
     """``adapter_config.json`` of the equal LoRA."""
-    r = artifact.manifest.adapter.r
+    size = scale(artifact)
+    heads = sorted({name.rpartition(".")[0] for name in artifact.manifest.head})
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": artifact.manifest.base_model,
-        "r": r,
-        "lora_alpha": r,
+        "r": size.rank,
+        "lora_alpha": size.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
         "target_modules": [module.name for module in artifact.manifest.modules],
+        "modules_to_save": heads or None,
     }
 
 
-def write_lora(artifact: Artifact, directory: Path, cache_dir: Path | None = None) -> None:
-    """Write the equal LoRA as a PEFT directory (``adapter_config.json``, ``adapter_model.safetensors``)."""
+def write_lora(
+    artifact: Artifact, directory: Path, *, base: BaseWeights | None = None, cache_dir: Path | None = None
+) -> None:
+    """Write the equal LoRA as a PEFT directory; arguments and errors of `pairs`."""
+    tensors = lora_tensors(artifact, base=base, cache_dir=cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(lora_tensors(artifact, cache_dir), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(lora_config(artifact), indent=2) + "\n")
 
 
-def lora_bytes(shapes: list[tuple[int, int]], r: int, bytes_per_number: int = 4) -> int:
+def lora_bytes(shapes: Sequence[tuple[int, int]], r: int, bytes_per_number: int = 4) -> int:
     """Size of a LoRA's weights over layers of ``(in, out)``: what an adapter is compared with."""
     return sum(r * (size_in + size_out) for size_in, size_out in shapes) * bytes_per_number

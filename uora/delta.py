@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uora.frames import FrameKey, Side, frame
+from uora.spec import FrameInit
 
 #: Frames kept as tensors by one process, over all devices and dtypes.
 _MAX_TENSORS = 512
@@ -28,10 +29,11 @@ class Family(NamedTuple):
     seed: int
     r: int
     cache_dir: Path | None = None
+    init: FrameInit = "orthogonal"
 
     def key(self, side: Side, generation: int, features: int) -> FrameKey:
         """Name of this family's frame for a layer side of ``features``."""
-        return FrameKey(self.seed, side, generation, self.r, features)
+        return FrameKey(self.seed, side, generation, self.r, features, self.init)
 
 
 def frame_tensor(family: Family, side: Side, generation: int, features: int, *, like: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def delta(x: Tensor, a: Tensor, b_rows: Tensor, d: Tensor, b: Tensor) -> Tensor:
 def mixed_delta(x: Tensor, family: Family, *, d: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
     """Update of one linear layer for a batch whose rows belong to different adapters of one family.
 
-    With w = alpha ** hits per row, ``A_row = w A0 + (1 - w) A1`` and likewise B, so::
+    With each row's share w (``uora.reinit.weights``), ``A_row = w A0 + (1 - w) A1`` and likewise B, so::
 
         y = B0^T (w * u) + B1^T ((1 - w) * u),   u = d * (w * A0 x + (1 - w) * A1 x)
 

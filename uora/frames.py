@@ -8,6 +8,15 @@ float64, the result is rounded to float32. Nothing here depends on torch or on i
 Frames are **nested**: the key does not hold the rank, and column k of an orthogonal factor depends on the first k
 columns of its argument only. So while ``r <= n``, ``frame(r=8)`` is the first 8 rows of ``frame(r=64)``, and adapters
 of different rank can be served from one matrix.
+
+Other ways to draw a frame's numbers (``FrameInit``) are there for comparison and for VeRA (arXiv 2310.11454). They are
+uniform in (-bound, bound):
+
+| init | bound |
+|---|---|
+| kaiming | ``sqrt(6 / fan_in)``: A (r x in) ``sqrt(6 / in)``, B (out x r) ``sqrt(6 / r)`` (He et al. 2015) |
+| xavier | ``sqrt(6 / (n + r))`` (Glorot and Bengio 2010) |
+| uniform | 1 |
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from uora.errors import FingerprintError
+from uora.spec import FrameInit
 
 Side = Literal["A", "B"]
 Float32 = NDArray[np.float32]
@@ -51,6 +61,7 @@ class FrameKey:
         generation: 0 for the start, 1 for the target of the reinitialisation.
         r: rank, the frame's rows.
         n: features, the frame's columns.
+        init: how its numbers are drawn.
     """
 
     seed: int
@@ -58,10 +69,11 @@ class FrameKey:
     generation: int
     r: int
     n: int
+    init: FrameInit = "orthogonal"
 
     @property
     def name(self) -> str:
-        """Short name within an adapter, whose seed and rank are known: ``A0:576``."""
+        """Short name within an adapter, whose seed, rank and init are known: ``A0:576``."""
         return f"{self.side}{self.generation}:{self.n}"
 
 
@@ -73,7 +85,7 @@ def frame(key: FrameKey, cache_dir: Path | None = None) -> Float32:
         cache_dir: folder of the disk cache; None builds it anew.
 
     Returns:
-        ``(r, n)`` float32 with orthonormal rows, or orthonormal columns if ``r > n``. Read-only.
+        ``(r, n)`` float32, read-only. Orthogonal: with orthonormal rows, or orthonormal columns if ``r > n``.
     """
     if key.r < 1 or key.n < 1 or key.generation < 0:
         raise ValueError(f"expected r >= 1, n >= 1 and generation >= 0, found {key}")
@@ -86,9 +98,35 @@ def frame(key: FrameKey, cache_dir: Path | None = None) -> Float32:
 
 
 def _build(key: FrameKey) -> Float32:
-    gaussian = _normals(f"{FRAME_VERSION}|{key.seed}|{key.side}|{key.generation}|{key.n}", key.r, key.n)
-    rows = _orthonormal_columns(gaussian.T).T if key.r <= key.n else _orthonormal_columns(gaussian)
+    match key.init:
+        case "orthogonal":
+            rows = _orthonormal(_normals(_stream(key), key.r, key.n))
+        case "kaiming":
+            rows = _uniform(key, bound=math.sqrt(6.0 / (key.n if key.side == "A" else key.r)))
+        case "xavier":
+            rows = _uniform(key, bound=math.sqrt(6.0 / (key.n + key.r)))
+        case "uniform":
+            rows = _uniform(key, bound=1.0)
+        case _:
+            assert_never(key.init)
     return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def _stream(key: FrameKey) -> str:
+    """Name of a frame's random numbers. It does not hold the rank (frames are nested)."""
+    name = f"{FRAME_VERSION}|{key.seed}|{key.side}|{key.generation}|{key.n}"
+    return name if key.init == "orthogonal" else f"{name}|{key.init}"
+
+
+def _uniform(key: FrameKey, *, bound: float) -> Float64:
+    uniforms = philox_uniforms(_stream(key), key.r * key.n).reshape(key.r, key.n)
+    return bound * (2.0 * uniforms - 1.0)
+
+
+def _orthonormal(matrix: Float64) -> Float64:
+    """Orthonormal rows that span those of a wide matrix, or columns those of a tall one."""
+    rows, columns = matrix.shape
+    return _orthonormal_columns(matrix.T).T if rows <= columns else _orthonormal_columns(matrix)
 
 
 def _orthonormal_columns(matrix: Float64) -> Float64:
@@ -159,7 +197,8 @@ def _probe(key: FrameKey, cache_dir: Path | None) -> tuple[float, ...]:
 
 
 def _cache_path(key: FrameKey, cache_dir: Path) -> Path:
-    name = f"{FRAME_VERSION}-{key.seed}-{key.side}{key.generation}-{key.r}x{key.n}.safetensors"
+    init = "" if key.init == "orthogonal" else f"-{key.init}"
+    name = f"{FRAME_VERSION}-{key.seed}-{key.side}{key.generation}-{key.r}x{key.n}{init}.safetensors"
     return cache_dir / "frames" / name
 
 

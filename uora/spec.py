@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from uora.errors import RankError, SpecError, UnknownMethodError
 
@@ -121,22 +121,13 @@ class OsoraSpec(_MethodSpec):
     r: int = Field(default=64, ge=1, le=4096)
 
 
-def method_of(value: Any) -> str | None:
-    """Which method a mapping or a spec names; one that names none is UORA's."""
-    if isinstance(value, Mapping):
-        return str(value.get("method", "uora"))
-    return getattr(value, "method", None)
-
-
-AdapterSpec = Annotated[
-    Annotated[UoraSpec, Tag("uora")]
-    | Annotated[VeraSpec, Tag("vera")]
-    | Annotated[LoraSpec, Tag("lora")]
-    | Annotated[OloraSpec, Tag("olora")]
-    | Annotated[OsoraSpec, Tag("osora")],
-    Discriminator(method_of),
-]
+AdapterSpec = Annotated[UoraSpec | VeraSpec | LoraSpec | OloraSpec | OsoraSpec, Field(discriminator="method")]
 _adapter_specs: TypeAdapter[AdapterSpec] = TypeAdapter(AdapterSpec)
+
+
+def default_method(values: Any) -> Any:
+    """The values of an adapter's settings, with the method that is meant where they name none."""
+    return {"method": "uora", **values} if isinstance(values, Mapping) else values
 
 
 def parse_adapter(values: Mapping[str, Any]) -> AdapterSpec:
@@ -147,7 +138,8 @@ def parse_adapter(values: Mapping[str, Any]) -> AdapterSpec:
         RankError: a rank that no method takes.
         SpecError: any other setting that cannot be used.
     """
-    method = method_of(values)
+    values = default_method(values)
+    method = values["method"]
     if method not in METHODS:
         raise UnknownMethodError(f"Found the method {method!r}; expected one of {', '.join(METHODS)}.")
     try:

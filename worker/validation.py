@@ -19,7 +19,7 @@ from api.queue import TaskName
 from api.unit_of_work import open_unit_of_work
 from uora.data import ChatDataset, check_lengths, read_chat_file
 from uora.errors import BaseModelError, UoraError
-from uora.spec import AdapterSpec, HyperparameterRequest, TrainingSpec, resolve
+from uora.spec import HyperparameterRequest, TrainingSpec, parse_adapter, resolve
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
@@ -80,7 +80,7 @@ def _check(held: Resources, job: Job) -> TrainingSpec:
     _check_lengths(held, job, datasets)
     return resolve(
         HyperparameterRequest.model_validate(job.hyperparameters),
-        adapter=AdapterSpec.model_validate(job.adapter),
+        adapter=parse_adapter(job.adapter),
         learning_rate=job.learning_rate,
         seed=job.seed,
         n_examples=len(datasets["training_file"].rows),

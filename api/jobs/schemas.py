@@ -5,11 +5,21 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from api.jobs.models import Checkpoint, Job, JobEvent
 from api.pagination import Shown
-from uora.spec import AdapterSpec, HyperparameterRequest
+from uora.spec import (
+    AdapterSpec,
+    HyperparameterRequest,
+    LoraSpec,
+    OloraSpec,
+    OsoraSpec,
+    UoraSpec,
+    VeraSpec,
+    default_method,
+    parse_adapter,
+)
 
 MAX_SEED = 2**31 - 1
 MetadataKey = Annotated[str, Field(max_length=64)]
@@ -23,13 +33,13 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class PeftRequest(AdapterSpec):
-    """The adapter to train, beyond what OpenAI's API can say."""
+class _Peft(BaseModel):
+    """What every method's request has beside the method's own settings."""
 
     #: Absolute peak learning rate of multiplier 1; None for the method's default.
     learning_rate: float | None = Field(default=None, gt=0.0, le=100.0)
 
-    @field_validator("targets", mode="before")
+    @field_validator("targets", mode="before", check_fields=False)
     @classmethod
     def _split_targets(cls, value: Any) -> Any:
         """Take ``"q_proj,v_proj"`` as well as a list."""
@@ -39,7 +49,35 @@ class PeftRequest(AdapterSpec):
 
     def adapter(self) -> AdapterSpec:
         """The adapter without the learning rate."""
-        return AdapterSpec(**self.model_dump(exclude={"learning_rate"}))
+        return parse_adapter(self.model_dump(exclude={"learning_rate"}))
+
+
+class UoraRequest(UoraSpec, _Peft):
+    """UORA, the default."""
+
+
+class VeraRequest(VeraSpec, _Peft):
+    """VeRA."""
+
+
+class LoraRequest(LoraSpec, _Peft):
+    """LoRA."""
+
+
+class OloraRequest(OloraSpec, _Peft):
+    """OLoRA."""
+
+
+class OsoraRequest(OsoraSpec, _Peft):
+    """OSoRA."""
+
+
+#: The adapter to train, beyond what OpenAI's API can say.
+PeftRequest = Annotated[
+    UoraRequest | VeraRequest | LoraRequest | OloraRequest | OsoraRequest,
+    Field(discriminator="method"),
+    BeforeValidator(default_method),
+]
 
 
 class SupervisedRequest(_Request):
@@ -71,7 +109,7 @@ class JobCreate(_Request):
     hyperparameters: HyperparameterRequest | None = None
     integrations: list[dict[str, Any]] | None = None
     #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
-    peft: PeftRequest = PeftRequest()
+    peft: PeftRequest = Field(default_factory=UoraRequest)
 
 
 class JobError(BaseModel):

@@ -14,7 +14,7 @@ from api.jobs.repository import add_event
 from api.queue import TaskName
 from tests.api.rows import add_adapter, add_file, add_job
 from tests.api.support import Service
-from uora.spec import AdapterSpec, HyperparameterRequest, resolve
+from uora.spec import HyperparameterRequest, UoraSpec, parse_adapter, resolve
 
 AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
 
@@ -53,7 +53,7 @@ class TestCreate:
         for empty in ("finished_at", "fine_tuned_model", "trained_tokens", "error", "metadata", "integrations"):
             assert getattr(job, empty) is None
         assert job.progress is None  # type: ignore[attr-defined]
-        assert job.adapter == {**AdapterSpec().model_dump(mode="json"), "learning_rate": None}  # type: ignore[attr-defined]
+        assert job.adapter == {**UoraSpec().model_dump(mode="json"), "learning_rate": None}  # type: ignore[attr-defined]
         assert service.queue.messages == [(TaskName.VALIDATE, job.id)]
         assert client.fine_tuning.jobs.retrieve(job.id) == job
         assert [event.message for event in client.fine_tuning.jobs.list_events(job.id)] == [
@@ -94,7 +94,7 @@ class TestCreate:
         row = stored_job(service, job.id)
         assert row.suffix == "my-model.v2"
         assert row.learning_rate == 0.01
-        assert AdapterSpec.model_validate(row.adapter) == AdapterSpec(
+        assert parse_adapter(row.adapter) == UoraSpec(
             r=16,
             targets=("q_proj", "v_proj"),
             alpha=0.25,
@@ -115,7 +115,7 @@ class TestCreate:
     def test_targets(self, service: Service, client: OpenAI, file_id: str, sent: Any, kept: Any) -> None:
         peft = {"peft": {"targets": sent}}
         job = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=peft)
-        assert AdapterSpec.model_validate(stored_job(service, job.id).adapter).targets == kept
+        assert parse_adapter(stored_job(service, job.id).adapter).targets == kept
 
     def test_the_deprecated_place_of_hyperparameters(self, client: OpenAI, file_id: str) -> None:
         job = client.fine_tuning.jobs.create(
@@ -171,7 +171,9 @@ class TestCreate:
             ),
             ({"peft": {"rank": 8}}, "peft.rank"),
             ({"peft": {"r": 0}}, "peft.r"),
-            ({"peft": {"method": "lora"}}, "peft.method"),
+            ({"peft": {"method": "dora"}}, "peft.method"),
+            ({"peft": {"method": "lora", "r": 8, "tau": 1e-4}}, "peft.tau"),
+            ({"peft": {"tau_quantile": 0.1}}, "peft"),
             ({"peft": {"targets": ""}}, "peft.targets"),
             ({"peft": {"targets": [1]}}, "peft.targets[0]"),
             ({"peft": {"alpha": 1.5}}, "peft.alpha"),
@@ -224,7 +226,7 @@ class TestRead:
     """Lists, one job, its events and checkpoints."""
 
     def test_a_finished_job_tells_what_was_run(self, service: Service, client: OpenAI) -> None:
-        spec = resolve(HyperparameterRequest(), adapter=AdapterSpec(r=8), learning_rate=None, seed=1, n_examples=100)
+        spec = resolve(HyperparameterRequest(), adapter=UoraSpec(r=8), learning_rate=None, seed=1, n_examples=100)
         with service.sessions.begin() as session:
             job = add_job(
                 session,

@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 
 from tests.uora.toys import artifact
 from uora.artifact import Artifact, dumps, loads
-from uora.errors import ArtifactError, DigestError, FormatError, ShapeError
+from uora.errors import ArtifactError, DigestError, FormatError, NewerFormatError, NonFiniteError, ShapeError
 
 STORED = dumps(artifact(hit=True))
 
@@ -66,8 +66,8 @@ def test_changed_vector_and_changed_manifest() -> None:
 
 
 def test_newer_format_and_foreign_files() -> None:
-    with pytest.raises(FormatError, match="version 2; this release reads up to 1"):
-        loads(rewritten(format_version=2))
+    with pytest.raises(NewerFormatError, match="version 3; this release reads up to 2"):
+        loads(rewritten(format_version=3))
     with pytest.raises(FormatError, match="no adapter manifest"):
         loads(save({"d": np.zeros(2, np.float32)}))
     with pytest.raises(FormatError, match="frames"):
@@ -83,7 +83,12 @@ def test_shapes_and_finiteness() -> None:
     }.items():
         with pytest.raises(ShapeError):
             dumps(Artifact(good.manifest, {**good.tensors, name: tensor}))
-    with pytest.raises(ShapeError, match="NaN"):
+    with pytest.raises(NonFiniteError, match="NaN"):
         dumps(replace(good, tensors={**good.tensors, "d": good.tensors["d"] * np.float32("nan")}))
     with pytest.raises(ShapeError, match="tensors"):
         dumps(replace(good, tensors={"d": good.tensors["d"]}))
+
+
+def test_an_unknown_method_in_a_manifest() -> None:
+    with pytest.raises(FormatError, match="manifest cannot be read"):
+        loads(rewritten(adapter={"method": "qora", "r": 4}))

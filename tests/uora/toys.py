@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from uora.artifact import Artifact, Provenance, loads
-from uora.tuner import UoraConfig, export_artifact
+from uora.methods import adapted_layers, attach, export_artifact, load_artifact
+from uora.spec import AdapterSpec, parse_adapter
+from uora.svd import BaseWeights
+from uora.tuner import UoraConfig
 
 VOCABULARY = 64
 PROVENANCE = Provenance(base_model="toy", base_digest="0" * 64, chat_template_sha256="1" * 64, data_sha256="2" * 64)
@@ -44,6 +59,46 @@ def bert(seed: int = 0) -> nn.Module:
     return BertModel(config).eval()
 
 
+def vit(seed: int = 0) -> nn.Module:
+    """A vision encoder."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=4
+    )
+    return ViTModel(config, add_pooling_layer=False).eval()
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    """Linear layers of no particular model."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 5)).eval()
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A model to put any method on, with what goes in: ``inputs(rows)``."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor]
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+def _ids(rows: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (rows, 7), generator=torch.Generator().manual_seed(0))
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+ALL_TOYS = {
+    "mlp": Toy(mlp, lambda rows: _normal(rows, 6)),
+    "llama": Toy(llama, _ids),
+    "bert": Toy(bert, _ids, targets="q,v"),
+    "vit": Toy(vit, lambda rows: _normal(rows, 3, 8, 8)),
+    "gpt2": Toy(gpt2, _ids, targets=("c_attn", "c_fc")),
+}
+#: Models of tokens, with targets as PEFT takes them.
 TOYS = {
     "llama": (llama, "all-linear"),
     "llama-qv": (llama, ["q_proj", "v_proj"]),
@@ -77,11 +132,41 @@ def adapted(toy: str = "llama", **config: object) -> PeftModel:
     return model.eval()
 
 
+def store(model: PeftModel, adapter_name: str = "default") -> bytes:
+    """A UORA adapter of a toy in its stored form."""
+    names = tuple(sorted({name.rpartition(".")[2] for name in adapted_layers(model, adapter_name)}))
+    return export(model, model.peft_config[adapter_name].spec(targets=names), adapter_name)
+
+
+def export(model: PeftModel, spec: AdapterSpec, adapter_name: str = "default") -> bytes:
+    """An adapter of a toy in its stored form."""
+    base = BaseWeights.of_model(model.get_base_model())
+    return export_artifact(model, spec, base=base, provenance=PROVENANCE, adapter_name=adapter_name)
+
+
 def artifact(seed: int = 1, **config: object) -> Artifact:
-    """A trained-looking adapter in its stored form; ``hit=True`` gives it hits."""
+    """A trained-looking UORA adapter in its stored form; ``hit=True`` gives it hits."""
     hit = config.pop("hit", False)
     model = adapted("llama", **config)
     randomise(model, seed=seed)
     if hit:
         model.base_model.uora_hits["default"].copy_(torch.arange(model.peft_config["default"].r) % 3)
-    return loads(export_artifact(model, provenance=PROVENANCE))
+    return loads(store(model))
+
+
+def artifact_of(method: str, seed: int = 1, **settings: object) -> Artifact:
+    """A stored adapter of any method whose numbers have moved away from their start."""
+    spec = parse_adapter({"method": method, "r": 4, **settings})
+    model = attach(llama(), spec, base=BaseWeights.of_model(llama()), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return loads(export(model, spec))
+
+
+def load(item: Artifact, build: Callable[[], nn.Module] = llama) -> nn.Module:
+    """A toy with a stored adapter on it."""
+    base = build()
+    return load_artifact(base, item, base=BaseWeights.of_model(base)).eval()

@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.worker.support import BASE_MODEL
 from uora.artifact import Artifact, Manifest, ModuleShape, dumps
-from uora.spec import AdapterSpec
+from uora.spec import UoraSpec
 
 
 def make_artifact(*, base_model: str = BASE_MODEL, r: int = 2) -> bytes:
@@ -17,7 +17,7 @@ def make_artifact(*, base_model: str = BASE_MODEL, r: int = 2) -> bytes:
         base_digest="b" * 64,
         chat_template_sha256="c" * 64,
         data_sha256="d" * 64,
-        adapter=AdapterSpec(r=r),
+        adapter=UoraSpec(r=r),
         modules=(module,),
         fingerprint={},
     )

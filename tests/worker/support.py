@@ -22,7 +22,7 @@ from api.projects.models import Project
 from api.queue import TaskName
 from api.settings import Settings
 from api.storage import LocalStore
-from uora.spec import AdapterSpec, HyperparameterRequest, resolve
+from uora.spec import HyperparameterRequest, UoraSpec, resolve
 from worker.context import Resources
 from worker.lease import Lease, claim
 
@@ -108,7 +108,7 @@ class Service:
     ) -> str:
         """A job over ``rows`` small rows, validated unless its status says otherwise."""
         request = HyperparameterRequest(n_epochs=n_epochs, batch_size=2)
-        adapter = AdapterSpec(r=4)
+        adapter = UoraSpec(r=4)
         spec = resolve(request, adapter=adapter, learning_rate=0.01, seed=1, n_examples=rows)
         job = Job(
             id=new_id("ftjob-"),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.worker.support import BASE_MODEL, chat_rows
 from uora.artifact import loads
-from uora.spec import AdapterSpec, HyperparameterRequest, resolve
+from uora.spec import HyperparameterRequest, UoraSpec, resolve
 from worker.child_process import COMMAND, child_environment
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step, parse_report
 
@@ -30,7 +30,7 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
     return ChildRequest(
         spec=resolve(
             HyperparameterRequest(n_epochs=2, batch_size=2),
-            adapter=AdapterSpec(r=4),
+            adapter=UoraSpec(r=4),
             learning_rate=0.01,
             seed=1,
             n_examples=8,

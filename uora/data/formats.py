@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 Role = Literal["system", "user", "assistant"]
 
@@ -19,17 +19,49 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """One example; ``line`` is its line in the file, from 1."""
+    """One conversation; ``line`` is its line in the file, from 1."""
 
     messages: tuple[ChatMessage, ...]
     line: int
 
 
 @dataclass(frozen=True)
-class ChatDataset:
-    """A whole file; ``sha256`` is that of its bytes."""
+class CompletionRow:
+    """A text and how it goes on."""
 
-    rows: tuple[ChatRow, ...]
+    prompt: str
+    completion: str
+    line: int
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text, or a pair of texts, with its class or its number."""
+
+    text: str
+    text_pair: str | None
+    label: str | float
+    line: int
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """An image file's bytes with its class."""
+
+    image: bytes
+    label: str
+    line: int
+
+
+Row = ChatRow | CompletionRow | TextRow | ImageRow
+RowT_co = TypeVar("RowT_co", bound=Row, covariant=True)
+
+
+@dataclass(frozen=True)
+class Dataset(Generic[RowT_co]):
+    """A whole file, all rows of one task; ``sha256`` is that of its bytes."""
+
+    rows: tuple[RowT_co, ...]
     sha256: str
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from uora.data import IGNORED, Example
+from uora.models import Batch
 
-Batch = dict[str, Tensor]
+#: Tokens, padding included, that go through the model at once, by device. It bounds the memory for activations
+#: (measured: about 1 MiB a token for SmolLM2-135M with all linear layers adapted). Small pieces also have less
+#: padding, since rows of similar length go together: 11 % instead of 36 % for batches of 16 movie reviews.
+MAX_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
+#: The same for images.
+MAX_IMAGES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -27,7 +32,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 def split(batch: Batch, *, max_tokens: int) -> Iterator[Batch]:
     """The batch's rows in groups of similar length, each cut to its longest row.
 
-    A group has at most ``max_tokens`` tokens, padding included; a row that is longer is a group by itself.
+    A group has at most ``max_tokens`` tokens, padding included; a row that is longer is a group by itself. Tensors
+    are ``(rows, longest)``, or ``(rows,)`` for what a row has one of.
     """
     lengths = batch["attention_mask"].sum(dim=1)
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -35,5 +41,12 @@ def split(batch: Batch, *, max_tokens: int) -> Iterator[Batch]:
     while start < len(order):
         width = int(lengths[order[start]])
         rows = order[start : start + max(1, max_tokens // width)]
-        yield {name: tensor[rows, :width] for name, tensor in batch.items()}
+        yield {name: tensor[rows, :width] if tensor.dim() > 1 else tensor[rows] for name, tensor in batch.items()}
         start += len(rows)
+
+
+def split_rows(batch: Batch, *, max_rows: int) -> Iterator[Batch]:
+    """The batch's rows in groups of at most ``max_rows``."""
+    rows = len(next(iter(batch.values())))
+    for start in range(0, rows, max_rows):
+        yield {name: tensor[start : start + max_rows] for name, tensor in batch.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uora.errors import UoraError
-from uora.training.loss import LearnedTokenLoss
+from uora.training.loss import TaskLoss
 from uora.training.observer import Evaluation, StepMetrics, TrainingObserver, TrainingStopped
 from uora.tuner import reinitialise
 
@@ -19,20 +19,26 @@ from uora.tuner import reinitialise
 class ReinitialiseCallback(TrainerCallback):
     """Applies UORA's reinitialisation once after every optimizer step, and counts the hits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
         self.hits = 0
+
+    def metrics(self) -> dict[str, float]:
+        """``hits`` of the run so far; nothing for other methods."""
+        return {"hits": float(self.hits)} if self._enabled else {}
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimizer, before the gradients are cleared."""
-        self.hits += reinitialise(kwargs["model"])
+        if self._enabled:
+            self.hits += reinitialise(kwargs["model"], step=state.global_step + 1)
 
 
 class DivergenceCallback(TrainerCallback):
-    """Ends a run whose loss or vectors are no numbers any more."""
+    """Ends a run whose loss or adapter is no number any more."""
 
-    def __init__(self, loss: LearnedTokenLoss) -> None:
+    def __init__(self, loss: TaskLoss[Any]) -> None:
         self._loss = loss
 
     def on_pre_optimizer_step(
@@ -42,7 +48,7 @@ class DivergenceCallback(TrainerCallback):
         self._expect(self._loss.training.is_finite, "training loss", step=state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The vectors that this step wrote."""
+        """The adapter, its head included, that this step wrote."""
         model: nn.Module = kwargs["model"]
         finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
         self._expect(finite, "adapter", step=state.global_step)
@@ -88,7 +94,7 @@ class ProgressCallback(TrainerCallback):
     """Tells the observer about every step."""
 
     def __init__(
-        self, observer: TrainingObserver, *, loss: LearnedTokenLoss, reinit: ReinitialiseCallback, clock: RunClock
+        self, observer: TrainingObserver, *, loss: TaskLoss[Any], reinit: ReinitialiseCallback, clock: RunClock
     ) -> None:
         self._observer = observer
         self._loss = loss
@@ -98,11 +104,15 @@ class ProgressCallback(TrainerCallback):
         #: The latest step's, None before the first.
         self.latest: StepMetrics | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """The latest step's loss and quality, and the hits, as an evaluation has them."""
+        return _prefixed("train_", self._loss.training.metrics()) | self._reinit.metrics()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the step's clock."""
-        self._loss.training.reset()
+        self._loss.reset_training()
         self._clock.step_begins()
 
     def on_optimizer_step(
@@ -115,11 +125,12 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report."""
         self._clock.step_ends()
+        train = self._loss.training.metrics()
         self.latest = StepMetrics(
             step=state.global_step,
             total_steps=state.max_steps,
-            train_loss=self._loss.training.mean_loss,
-            train_mean_token_accuracy=self._loss.training.accuracy,
+            train_loss=train["loss"],
+            train_mean_token_accuracy=train.get("mean_token_accuracy"),
             learning_rate=self._learning_rate,
             tokens_per_second=self._clock.per_second(state.num_input_tokens_seen),
             seconds_left=self._clock.seconds_left(state.max_steps - state.global_step),
@@ -138,7 +149,7 @@ class EvaluationCallback(TrainerCallback):
         *,
         epochs: frozenset[int],
         progress: ProgressCallback,
-        loss: LearnedTokenLoss,
+        loss: TaskLoss[Any],
         clock: RunClock,
         has_validation: bool,
         export: Callable[[dict[str, float]], bytes],
@@ -162,7 +173,7 @@ class EvaluationCallback(TrainerCallback):
         if self._epochs_done not in self._epochs:
             return
         self._clock.evaluation_begins()
-        self._loss.validation.reset()
+        self._loss.reset_validation()
         if self._has_validation:
             control.should_evaluate = True
         else:
@@ -170,23 +181,18 @@ class EvaluationCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The Trainer has run the model over the validation set."""
-        valid = {
-            "valid_loss": self._loss.validation.mean_loss,
-            "valid_mean_token_accuracy": self._loss.validation.accuracy,
-        }
-        self._publish(state.global_step, valid | {f"full_{name}": value for name, value in valid.items()})
+        valid = _prefixed("valid_", self._loss.validation.metrics())
+        self._publish(state.global_step, valid | _prefixed("full_", valid))
 
     def _publish(self, step: int, valid_metrics: dict[str, float]) -> None:
-        assert self._progress.latest is not None  # noqa: S101 - an epoch has at least one step
-        metrics = {
-            "step": float(step),
-            "train_loss": self._progress.latest.train_loss,
-            "train_mean_token_accuracy": self._progress.latest.train_mean_token_accuracy,
-            **valid_metrics,
-        }
+        metrics = {"step": float(step), **self._progress.metrics(), **valid_metrics}
         self.latest = Evaluation(step, metrics, self._export(metrics))
         self._clock.evaluation_ends()
         self._observer.on_evaluation(self.latest)
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in metrics.items()}
 
 
 class RunClock:

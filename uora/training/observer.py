@@ -13,19 +13,22 @@ class StepMetrics:
     Attributes:
         step: from 1.
         total_steps: of the whole run.
-        train_loss: mean over the learned tokens of this step's batch, in nats per token.
-        train_mean_token_accuracy: share of these tokens that the model ranked first, 0..1.
-        learning_rate: that this step was made with.
+        train_loss: mean over this step's batch: nats per learned token, nats per row of a classification, squared
+            error per row of a regression.
+        train_mean_token_accuracy: share of the learned tokens that the model ranked first, 0..1; None for tasks that
+            learn no tokens.
+        learning_rate: that this step was made with; a head has its own.
         tokens_per_second: ``trained_tokens`` over the time spent in steps so far.
         seconds_left: estimate for the rest of the run, evaluations included once one has been seen.
-        hits: reinitialisation hits of the run so far.
-        trained_tokens: of the run so far: all tokens but padding, prompts included, counted again in every epoch.
+        hits: reinitialisation hits of the run so far; 0 for other methods than UORA.
+        trained_tokens: of the run so far: all tokens but padding, prompts included, counted again in every epoch. 0 for
+            images.
     """
 
     step: int
     total_steps: int
     train_loss: float
-    train_mean_token_accuracy: float
+    train_mean_token_accuracy: float | None
     learning_rate: float
     tokens_per_second: float
     seconds_left: float
@@ -40,7 +43,8 @@ class Evaluation:
     ``metrics`` are those of the fine-tuning API's checkpoints: ``step``, ``train_loss`` and
     ``train_mean_token_accuracy`` of that step's batch; with a validation set also ``valid_loss``,
     ``valid_mean_token_accuracy`` and the same with ``full_`` before them. Each evaluation goes over the whole set,
-    so the two are equal.
+    so the two are equal. A classification has ``accuracy`` and a regression ``pearson`` (Pearson's correlation) where
+    tokens have ``mean_token_accuracy``. UORA also has ``hits``, as in `StepMetrics`.
     """
 
     step: int

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from uora.artifact import Provenance
-from uora.data import ChatDataset, Example, encode_dataset, template_sha256
-from uora.errors import SpecError
-from uora.models import LocalModel, context_tokens, load_model, load_tokenizer
-from uora.spec import AdapterSpec, TrainingSpec
-from uora.training.batches import Batch, collate, split
+from uora.data import Dataset, Row
+from uora.methods import attach, export_artifact
+from uora.models import Batch, LocalModel, head_modules, load_model
+from uora.spec import TrainingSpec, UoraSpec
+from uora.svd import BaseWeights
 from uora.training.callbacks import (
     DivergenceCallback,
     EvaluationCallback,
@@ -26,18 +26,16 @@ from uora.training.callbacks import (
     RunClock,
     StopCallback,
 )
-from uora.training.loss import LearnedTokenLoss, keeps_masked_logits, predicting_positions
 from uora.training.observer import TrainingObserver, TrainingResult
-from uora.tuner import UoraConfig, export_artifact
+from uora.training.tasks import TrainingTask, training_task
 
 #: Evaluations, each of which makes a checkpoint, in one run.
 MAX_EVALUATIONS = 10
-#: Tokens, padding included, that go through the model at once, by device. It bounds the memory for activations
-#: (measured: about 1 MiB a token for SmolLM2-135M with all linear layers adapted). Small pieces also have less
-#: padding, since rows of similar length go together: 11 % instead of 36 % for batches of 16 movie reviews.
-MAX_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
 #: With a row longer than this, activations are recomputed in the backward pass instead of kept.
 MAX_KEPT_ROW_TOKENS = 2048
+#: Peak learning rate of a head with multiplier 1. Its weights are as those of any linear layer, whatever the method, so
+#: rates that suit a method's vectors, up to 50 times higher, would tear it apart.
+HEAD_LEARNING_RATE = 1e-3
 _VALIDATION_ROWS_AT_ONCE = 64
 
 
@@ -45,103 +43,101 @@ def train(
     spec: TrainingSpec,
     *,
     base: LocalModel,
-    training: ChatDataset,
-    validation: ChatDataset | None,
+    training: Dataset[Row],
+    validation: Dataset[Row] | None,
     observer: TrainingObserver,
-    frame_cache_dir: Path | None,
+    cache_dir: Path | None,
     dtype: torch.dtype,
 ) -> TrainingResult:
-    """Train an adapter: AdamW with a linear decay of the learning rate, loss on the assistant's tokens.
+    """Train an adapter: AdamW with a linear decay of the learning rate, loss on what the task learns.
 
     The same arguments on the same machine give the same adapter, bit for bit where the processor's kernels do (in
-    float32 on CPU they do). It seeds torch's and NumPy's global generators and writes nothing to disk but frames.
+    float32 on CPU they do). It seeds torch's and NumPy's global generators and writes nothing to disk but frames and
+    singular vectors.
 
     Args:
         spec: what to train.
         base: the base model.
-        training: rows to learn.
+        training: rows to learn, of the spec's task.
         validation: rows to evaluate on after an epoch and at the end, at most `MAX_EVALUATIONS` times; None for none.
         observer: told of every step and evaluation; can stop the run.
-        frame_cache_dir: disk cache of frames; None for none.
-        dtype: of the base model's weights; the adapter's vectors are float32 always.
+        cache_dir: disk cache of frames and singular vectors; None for none.
+        dtype: of the base model's weights; the adapter and its head are float32 always.
 
     Raises:
-        DataError: a row does not fit the model or its template.
-        SpecError: the targets do not name linear layers of the model.
+        DataError: a row does not fit the model, its template or the task.
+        BaseModelError: the base model is none for the task.
+        SpecError: the base model cannot be adapted as asked.
         TrainingStopped: the observer wanted to stop.
         UoraError: the training diverged (code ``training_diverged``).
     """
-    tokenizer = load_tokenizer(base)
-    max_tokens = context_tokens(base)
-    examples = list(encode_dataset(training, tokenizer, max_tokens=max_tokens))
-    valid_examples = list(encode_dataset(validation, tokenizer, max_tokens=max_tokens)) if validation else []
-    model = _adapted_model(spec.adapter, base, frame_cache_dir=frame_cache_dir, dtype=dtype)
+    task = training_task(spec.task, base, training)
+    examples = task.examples(training)
+    valid_examples = task.examples(validation) if validation else []
+    weights = BaseWeights.of_local(base, spec.task, cache_dir)
     provenance = Provenance(
         base_model=base.name,
         base_digest=base.digest,
-        chat_template_sha256=template_sha256(tokenizer),
+        chat_template_sha256=task.chat_template_sha256,
         data_sha256=training.sha256,
     )
-    return _run(spec, model, examples, valid_examples, provenance=provenance, observer=observer)
+    model = _adapted_model(spec, task, base, weights=weights, dtype=dtype)
+
+    def export(metrics: dict[str, float]) -> bytes:
+        return export_artifact(
+            model,
+            spec.adapter,
+            base=weights,
+            provenance=provenance,
+            task=spec.task,
+            labels=task.labels,
+            metrics=metrics,
+        )
+
+    return _run(spec, task, model, examples, valid_examples, export=export, observer=observer)
 
 
 def _adapted_model(
-    adapter: AdapterSpec, base: LocalModel, *, frame_cache_dir: Path | None, dtype: torch.dtype
+    spec: TrainingSpec, task: TrainingTask, base: LocalModel, *, weights: BaseWeights, dtype: torch.dtype
 ) -> PeftModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = UoraConfig.of(adapter, target_modules=_target_modules(adapter), frame_cache_dir=frame_cache_dir)
-    try:
-        return get_peft_model(load_model(base, dtype=dtype, device=device), config)
-    except ValueError as error:  # PEFT's word for targets that match nothing
-        raise SpecError(
-            f"The targets {adapter.targets} cannot be adapted in {base.name}: {error}", param="targets"
-        ) from error
-
-
-def _target_modules(adapter: AdapterSpec) -> str | list[str] | None:
-    """The targets in PEFT's terms; None lets it take the query and value projections of the model's family."""
-    match adapter.targets:
-        case "all-linear":
-            return "all-linear"
-        case "q,v":
-            return None
-        case names:
-            return list(names)
+    model = load_model(base, dtype=dtype, device=device, task=spec.task, labels=task.labels, seed=spec.seed)
+    return attach(model, spec.adapter, base=weights, head=head_modules(model), seed=spec.seed)
 
 
 def _run(
     spec: TrainingSpec,
+    task: TrainingTask,
     model: PeftModel,
-    examples: Sequence[Example],
-    valid_examples: Sequence[Example],
+    examples: list[Any],
+    valid_examples: list[Any],
     *,
-    provenance: Provenance,
+    export: Callable[[dict[str, float]], bytes],
     observer: TrainingObserver,
 ) -> TrainingResult:
-    loss = LearnedTokenLoss()
     epochs = evaluation_epochs(spec.hyperparameters.n_epochs)
     clock = RunClock(evaluations=len(epochs))
-    reinit = ReinitialiseCallback()
-    progress = ProgressCallback(observer, loss=loss, reinit=reinit, clock=clock)
+    reinit = ReinitialiseCallback(enabled=isinstance(spec.adapter, UoraSpec))
+    progress = ProgressCallback(observer, loss=task.loss, reinit=reinit, clock=clock)
     stop = StopCallback(observer)
     evaluation = EvaluationCallback(
         observer,
         epochs=epochs,
         progress=progress,
-        loss=loss,
+        loss=task.loss,
         clock=clock,
         has_validation=bool(valid_examples),
-        export=lambda metrics: export_artifact(model, provenance=provenance, metrics=metrics),
+        export=export,
     )
-    longest = max(len(example.input_ids) for example in (*examples, *valid_examples))
-    trainer = _TokenBoundedTrainer(
+    longest = max(task.length(example) for example in (*examples, *valid_examples))
+    trainer = _PiecewiseTrainer(
         model=model,
-        args=_arguments(spec, recompute_activations=longest > MAX_KEPT_ROW_TOKENS),
-        data_collator=collate,
+        task=task,
+        args=_arguments(spec, counts_tokens=task.counts_tokens, recompute_activations=longest > MAX_KEPT_ROW_TOKENS),
+        head_learning_rate=HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier,
         train_dataset=examples,
         eval_dataset=valid_examples or None,
-        compute_loss_func=loss,
-        callbacks=[DivergenceCallback(loss), reinit, progress, evaluation, stop],
+        callbacks=[DivergenceCallback(task.loss), reinit, progress, evaluation, stop],
     )
     trainer.remove_callback(PrinterCallback)
     observer.on_start(spec.total_steps(len(examples)))
@@ -175,7 +171,7 @@ class _Arguments(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
-def _arguments(spec: TrainingSpec, *, recompute_activations: bool) -> TrainingArguments:
+def _arguments(spec: TrainingSpec, *, counts_tokens: bool, recompute_activations: bool) -> TrainingArguments:
     return _Arguments(
         num_train_epochs=spec.hyperparameters.n_epochs,
         per_device_train_batch_size=spec.hyperparameters.batch_size,
@@ -187,7 +183,7 @@ def _arguments(spec: TrainingSpec, *, recompute_activations: bool) -> TrainingAr
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=recompute_activations,
         activation_checkpointing_kwargs={"use_reentrant": False} if recompute_activations else None,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="non_padding" if counts_tokens else "no",
         prediction_loss_only=True,
         label_names=["labels"],
         remove_unused_columns=False,
@@ -200,38 +196,55 @@ def _arguments(spec: TrainingSpec, *, recompute_activations: bool) -> TrainingAr
     )
 
 
-class _TokenBoundedTrainer(Trainer):
+class _PiecewiseTrainer(Trainer):
     """A Trainer that passes a batch through the model in pieces of bounded size.
 
-    The loss is a sum over learned tokens, divided by their number in the whole batch, so pieces add up to the same
+    The loss is a sum over predictions, divided by their number in the whole batch, so pieces add up to the same
     gradient; the optimizer steps once per batch.
     """
 
-    def __init__(self, *, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self._keeps_masked_logits = keeps_masked_logits(model)
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        task: TrainingTask,
+        args: TrainingArguments,
+        head_learning_rate: float,
+        **kwargs: Any,
+    ) -> None:
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        groups = _parameter_groups(model, head_learning_rate=head_learning_rate)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=task.collate,
+            compute_loss_func=task.loss,
+            optimizer_cls_and_kwargs=(optimizer, {**options, "params": groups}),
+            **kwargs,
+        )
+        self._count = task.loss.count
+        self._pieces = task.splitter(model)
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward; returns the batch's loss."""
-        losses = [
-            super(_TokenBoundedTrainer, self).training_step(model, piece, num_items_in_batch)
-            for piece in self._pieces(inputs)
-        ]
+        count = self._count(inputs["labels"])
+        losses = [super(_PiecewiseTrainer, self).training_step(model, piece, count) for piece in self._pieces(inputs)]
         return torch.stack(losses).sum()
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Forward only. The meters of the loss function are read afterwards, so nothing is returned."""
         for piece in self._pieces(inputs):
             super().prediction_step(model, piece, prediction_loss_only, ignore_keys)
         return None, None, None
 
-    def _pieces(self, inputs: Batch) -> Iterator[Batch]:
-        for piece in split(inputs, max_tokens=MAX_TOKENS_AT_ONCE[self.args.device.type]):
-            # A causal model's tokens never see the padding on their right; without a mask, attention takes a
-            # faster kernel.
-            del piece["attention_mask"]
-            if self._keeps_masked_logits:
-                piece["logits_to_keep"] = predicting_positions(piece["labels"])
-            yield piece
+
+def _parameter_groups(model: PeftModel, *, head_learning_rate: float) -> list[dict[str, Any]]:
+    """The adapter first, at the run's learning rate; then its head, if there is one, at its own."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {name for name in trained if ".modules_to_save." in name}
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in trained.items() if name not in head]}]
+    if head:
+        groups.append({"params": [trained[name] for name in sorted(head)], "lr": head_learning_rate})
+    return groups

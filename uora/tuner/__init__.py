@@ -3,8 +3,8 @@
 from uora.tuner._peft import register
 from uora.tuner.config import UoraConfig
 from uora.tuner.layer import Linear, UoraLayer
-from uora.tuner.model import UoraModel
-from uora.tuner.state import export_artifact, load_artifact, reinitialise
+from uora.tuner.model import UoraModel, reinitialise
+from uora.tuner.state import export_artifact, load_artifact
 
 __all__ = [
     "Linear",

@@ -10,12 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.tuners.tuners_utils import _get_in_out_features as get_in_out_features
 from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING as QUERY_VALUE_NAMES
+from peft.utils.other import ModulesToSaveWrapper
 
 __all__ = [
     "QUERY_VALUE_NAMES",
     "BaseTuner",
     "BaseTunerLayer",
     "BufferDict",
+    "ModulesToSaveWrapper",
     "check_adapters_to_merge",
     "get_in_out_features",
     "register",

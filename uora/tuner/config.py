@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 from peft import PeftConfig
 
 from uora.delta import Family
 from uora.errors import SpecError
-from uora.reinit import ReinitRule
-from uora.spec import AdapterSpec
+from uora.spec import FrameInit, Targets, UoraSpec, parse_adapter
 
-_DEFAULTS = AdapterSpec()
+_DEFAULTS = UoraSpec()
 #: What a spec and a configuration both hold, under the same names.
-_SHARED = set(AdapterSpec.model_fields) - {"method", "targets"}
+_SHARED = set(UoraSpec.model_fields) - {"method", "targets"}
 
 
 @dataclass
 class UoraConfig(PeftConfig):
-    """UORA for ``peft.get_peft_model``. Each default is that of ``uora.spec.AdapterSpec``.
+    """UORA for ``peft.get_peft_model``. Defaults and bounds are those of ``uora.spec.UoraSpec``.
 
     Attributes:
         r: rank; may exceed a layer's sizes.
@@ -32,6 +31,11 @@ class UoraConfig(PeftConfig):
         d_initial: start of d; b starts at 0, so that dW = 0.
         dropout: on the layer's input, in training.
         frame_seed: names the frames.
+        init: how the frames are drawn.
+        reinit_scope: whether a hit changes an index for all layers or for its own.
+        dynamic_alpha: let a layer's alpha decay with its counts on an index, ``max(0.5, alpha - 0.05 count)``.
+        tau_quantile: count this share of all d, those of the smallest magnitude, instead of those below ``tau``.
+        reinit_interval: optimizer steps between two such choices.
         frame_fingerprint: probes of the frames trained on; filled in at injection, checked at loading.
         frame_cache_dir: disk cache of frames; a setting of the machine, never saved.
     """
@@ -47,6 +51,17 @@ class UoraConfig(PeftConfig):
     d_initial: float = field(default=_DEFAULTS.d_initial, metadata={"help": "Start of d."})
     dropout: float = field(default=_DEFAULTS.dropout, metadata={"help": "Dropout on the layer's input."})
     frame_seed: int = field(default=_DEFAULTS.frame_seed, metadata={"help": "Names the frames."})
+    init: FrameInit = field(default=_DEFAULTS.init, metadata={"help": "How the frames are drawn."})
+    reinit_scope: Literal["shared", "layer"] = field(
+        default=_DEFAULTS.reinit_scope, metadata={"help": "Whether a hit changes the frames of all layers or of one."}
+    )
+    dynamic_alpha: bool = field(default=_DEFAULTS.dynamic_alpha, metadata={"help": "Let alpha decay with the counts."})
+    tau_quantile: float | None = field(
+        default=_DEFAULTS.tau_quantile, metadata={"help": "Share of all d that counts, instead of tau."}
+    )
+    reinit_interval: int | None = field(
+        default=_DEFAULTS.reinit_interval, metadata={"help": "Optimizer steps between two choices of tau_quantile."}
+    )
     frame_fingerprint: dict[str, list[float]] | None = field(
         default=None, metadata={"help": "Probes of the frames trained on."}
     )
@@ -62,7 +77,7 @@ class UoraConfig(PeftConfig):
     )
 
     @classmethod
-    def of(cls, spec: AdapterSpec, *, target_modules: list[str] | str | None, frame_cache_dir: Path | None) -> Self:
+    def of(cls, spec: UoraSpec, *, target_modules: list[str] | str | None, frame_cache_dir: Path | None) -> Self:
         """The configuration for ``spec`` on this machine, with its targets in PEFT's terms."""
         return cls(
             **spec.model_dump(include=_SHARED),
@@ -70,9 +85,14 @@ class UoraConfig(PeftConfig):
             frame_cache_dir=str(frame_cache_dir) if frame_cache_dir else None,
         )
 
-    def spec(self, *, targets: tuple[str, ...]) -> AdapterSpec:
-        """The same values as they are stored with an adapter."""
-        return AdapterSpec(targets=targets, **{name: getattr(self, name) for name in _SHARED})
+    def spec(self, *, targets: Targets = "all-linear") -> UoraSpec:
+        """The same values as they are stored with an adapter.
+
+        Raises:
+            SpecError: a value that cannot be used.
+        """
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return cast(UoraSpec, parse_adapter({"method": "uora", "targets": targets} | shared))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,15 +102,7 @@ class UoraConfig(PeftConfig):
         self.peft_type = PeftType["UORA"]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
-        self._check()
-
-    def _check(self) -> None:
-        if self.r < 1:
-            raise SpecError(f"r is {self.r}, expected at least 1.", param="r")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise SpecError(f"alpha is {self.alpha}, expected 0 to 1.", param="alpha")
-        if self.count_k < 1:
-            raise SpecError(f"count_k is {self.count_k}, expected at least 1.", param="count_k")
+        self.spec()  # raises what cannot be used
         if self.layers_pattern and self.layers_to_transform is None:
             raise SpecError("layers_pattern needs layers_to_transform.", param="layers_pattern")
 
@@ -103,9 +115,5 @@ class UoraConfig(PeftConfig):
     @property
     def family(self) -> Family:
         """The frames this adapter uses."""
-        return Family(self.frame_seed, self.r, Path(self.frame_cache_dir) if self.frame_cache_dir else None)
-
-    @property
-    def reinit_rule(self) -> ReinitRule:
-        """When an index is hit, and what a hit leaves."""
-        return ReinitRule(alpha=self.alpha, tau=self.tau, count_k=self.count_k)
+        cache_dir = Path(self.frame_cache_dir) if self.frame_cache_dir else None
+        return Family(self.frame_seed, self.r, cache_dir, self.init)

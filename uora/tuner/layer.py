@@ -2,95 +2,86 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uora.delta import Family, delta, frame_tensor, mixed_delta
-from uora.errors import AdapterNotFoundError, SpecError
+from uora.errors import UnsupportedLayerError
 from uora.frames import FrameKey, Side
-from uora.reinit import blend, weights
+from uora.reinit import ReinitRule, blend, weights
 from uora.tuner._peft import BaseTunerLayer, BufferDict, check_adapters_to_merge, get_in_out_features
 from uora.tuner.config import UoraConfig
-
-#: PEFT's name for "no adapter" in ``adapter_names``.
-BASE = "__base__"
+from uora.tuner.rows import RowAdapters
 
 
 class AdapterFrames:
-    """The frames of one adapter after its hits, shared by all its layers.
+    """The frames of one adapter after its hits: of all its layers, or of one where each layer has hits of its own.
 
-    Only the hit counts are state. The blended frames are kept for the forward until the counts change.
+    Only the numbers of hits are state. What follows from them is kept for the forward until they change.
     """
 
-    def __init__(self, config: UoraConfig, hits: BufferDict, adapter_name: str) -> None:
+    def __init__(self, config: UoraConfig, hits: BufferDict, adapter_name: str, layer: int | None = None) -> None:
+        """Frames of an adapter.
+
+        Args:
+            config: the adapter's.
+            hits: every adapter's numbers of hits.
+            adapter_name: which of them.
+            layer: the layer's position among the adapted ones; None if all layers share their frames.
+        """
         self.family: Family = config.family
-        self.alpha: float = config.alpha
+        self._rule = ReinitRule.of(config.spec())
         self._hits = hits
         self._adapter_name = adapter_name
+        self._layer = layer
+        self._derived_from: tuple[Tensor, int] | None = None
+        self._weight: Tensor | None = None
         self._blended: dict[tuple[Side, int, torch.device, torch.dtype], Tensor] = {}
-        self._blended_for: tuple[int, int] | None = None
-
-    @property
-    def hits(self) -> Tensor:
-        """Hits per index, int64 ``(r,)``."""
-        hits: Tensor = self._hits[self._adapter_name]
-        return hits
 
     def weight(self) -> Tensor | None:
-        """w = alpha ** hits, ``(r,)``; None if nothing was hit yet."""
-        return weights(self.alpha, self.hits) if bool(self.hits.any()) else None
+        """Share w of the start frames, float32 ``(r,)`` on the CPU; None where nothing was hit."""
+        self._follow_hits()
+        return self._weight
 
     def get(self, side: Side, features: int, *, like: Tensor) -> Tensor:
         """The blended frame, ``(r, features)``, in the device and dtype of ``like``."""
-        self._forget_if_hit()
-        slot = (side, features, like.device, like.dtype)
-        if slot not in self._blended:
-            self._blended[slot] = self._blend(side, features, like)
-        return self._blended[slot]
-
-    def _blend(self, side: Side, features: int, like: Tensor) -> Tensor:
-        start = frame_tensor(self.family, side, 0, features, like=like)
         weight = self.weight()
         if weight is None:
-            return start
+            return frame_tensor(self.family, side, 0, features, like=like)
+        slot = (side, features, like.device, like.dtype)
+        if slot not in self._blended:
+            self._blended[slot] = self._blend(side, features, weight, like)
+        return self._blended[slot]
+
+    def _blend(self, side: Side, features: int, weight: Tensor, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
             exact = torch.empty(0, device=like.device)  # blend in float32, round once
-            return blend(
-                frame_tensor(self.family, side, 0, features, like=exact),
-                frame_tensor(self.family, side, 1, features, like=exact),
-                weight.to(like.device),
-            ).to(like.dtype)
+            start, target = (frame_tensor(self.family, side, g, features, like=exact) for g in (0, 1))
+            return blend(start, target, weight.to(like.device)).to(like.dtype)
 
-    def _forget_if_hit(self) -> None:
-        """Drop the blended frames once the counts were written to (or replaced, as loading may do)."""
-        hits = self.hits
-        version = (id(hits), hits._version)
-        if version != self._blended_for:
-            self._blended.clear()
-            self._blended_for = version
+    def _follow_hits(self) -> None:
+        """Derive everything anew once the hits were written to, or replaced, as loading may do."""
+        hits: Tensor = self._hits[self._adapter_name]
+        if self._derived_from is not None:
+            seen, version = self._derived_from
+            if seen is hits and version == hits._version:
+                return
+        self._derived_from = (hits, hits._version)
+        self._blended.clear()
+        own = (hits if self._layer is None else hits[self._layer]).cpu().numpy()
+        with torch.inference_mode(False):
+            self._weight = torch.from_numpy(weights(self._rule, own)) if own.any() else None
 
-
-@dataclass
-class RowAdapters:
-    """Which adapter each row of the running forward belongs to; None outside a mixed batch."""
-
-    names: tuple[str, ...] | None = None
-
-    def by_family(self, layer: UoraLayer) -> Iterator[tuple[Family, list[int], list[str]]]:
-        """Rows of ``layer`` that need an update, grouped by what they can share."""
-        groups: dict[Family, tuple[list[int], list[str]]] = {}
-        for row, name in enumerate(self.names or ()):
-            if name in layer.frames:
-                rows, names = groups.setdefault(layer.frames[name].family, ([], []))
-                rows.append(row)
-                names.append(name)
-        for family, (rows, names) in groups.items():
-            yield family, rows, names
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy derives its own: its hits may have another history."""
+        return self.__dict__ | {"_derived_from": None, "_weight": None, "_blended": {}}
 
 
 class UoraLayer(BaseTunerLayer):
@@ -99,8 +90,9 @@ class UoraLayer(BaseTunerLayer):
     adapter_layer_names = ("uora_lambda_b", "uora_lambda_d")
     other_param_names = ("dropout", "frames")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.uora_lambda_b = nn.ParameterDict({})
         self.uora_lambda_d = nn.ParameterDict({})
         self.dropout = nn.ModuleDict({})
@@ -109,11 +101,8 @@ class UoraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _sizes(self.get_base_layer())
 
-    def update_layer(
-        self, adapter_name: str, config: UoraConfig, *, frames: AdapterFrames, inference_mode: bool = False
-    ) -> None:
-        """Add one adapter: d = d_initial, b = 0, both float32."""
-        self.frames[adapter_name] = frames
+    def update_layer(self, adapter_name: str, config: UoraConfig, *, inference_mode: bool = False) -> None:
+        """Add one adapter: d = d_initial, b = 0, both float32. Its frames come once all its layers are known."""
         dropout = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
         self.dropout[adapter_name] = dropout
         self.uora_lambda_d[adapter_name] = nn.Parameter(torch.full((config.r,), float(config.d_initial)))
@@ -136,7 +125,7 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     size_in, size_out = get_in_out_features(layer)
     if size_in is None or size_out is None:
-        raise SpecError(f"A {type(layer).__name__} is no linear layer; UORA adapts nn.Linear and Conv1D.")
+        raise UnsupportedLayerError(f"A {type(layer).__name__} is no linear layer; choose other targets.")
     return size_in, size_out
 
 
@@ -151,22 +140,18 @@ class _Factors:
 
 
 class Linear(nn.Module, UoraLayer):
-    """A linear layer (``nn.Linear`` or transformers' ``Conv1D``) with UORA adapters."""
+    """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or one that PEFT can dequantise) with UORA adapters."""
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: UoraConfig,
-        *,
-        frames: AdapterFrames,
-        rows: RowAdapters,
+        self, base_layer: nn.Module, adapter_name: str, config: UoraConfig, *, rows: RowAdapters, **quantization: Any
     ) -> None:
         super().__init__()
-        UoraLayer.__init__(self, base_layer)
+        UoraLayer.__init__(self, base_layer, **quantization)
         self.rows = rows
+        #: The base layer as it was before a merge; the list hides it from nn.Module.
+        self._unmerged: list[nn.Module] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, frames=frames)
+        self.update_layer(adapter_name, config)
 
     def factors(self, adapter_name: str) -> _Factors:
         """The four factors of dW in float32, on the layer's device."""
@@ -187,30 +172,34 @@ class Linear(nn.Module, UoraLayer):
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add dW of the named (default: active) adapters to the base weight.
+        """Add dW of the named (default: active) adapters to the base weight, in float32, rounded (or quantised) once.
+
+        The base layer is copied first. So a weight tied to another module's leaves that one alone, and `unmerge` is
+        exact, at the price of both copies in memory until then.
 
         Raises:
             ValueError: ``safe_merge`` and the result is not finite; the weight is left as it was.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.frames:
-                merged = self._shifted(self.get_delta_weight(name))
-                if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"Merging adapter {name!r} gives weights that are not finite; it is broken.")
-                self.set_base_weight(merged)
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.frames]
+        if not names:
+            return
+        weight: Tensor = self.get_base_weight()
+        merged = weight.float() + sum(self.get_delta_weight(name) for name in names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging the adapters {names} gives weights that are not finite; one of them is broken.")
+        if not self.merged:
+            self._unmerged.append(self.base_layer)
+            self.base_layer = copy.deepcopy(self.base_layer)
+        self.set_base_weight(merged.to(weight.dtype))
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Take every merged dW out of the base weight again."""
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.set_base_weight(self._shifted(-self.get_delta_weight(self.merged_adapters.pop())))
-
-    def _shifted(self, change: Tensor) -> Tensor:
-        """Base weight plus ``change``, added in float32 and rounded once."""
-        weight: Tensor = self.get_base_weight()
-        return (weight.float() + change).to(weight.dtype)
+            return
+        self.base_layer = self._unmerged.pop()
+        self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Base layer plus the updates of the active adapters, or of each row's own in a mixed batch."""
@@ -237,12 +226,7 @@ class Linear(nn.Module, UoraLayer):
         )
 
     def _mixed(self, x: Tensor, result: Tensor) -> Tensor:
-        names = self.rows.names or ()
-        if len(names) != x.shape[0]:
-            raise AdapterNotFoundError(
-                f"adapter_names has {len(names)} names for {x.shape[0]} rows; give one name per row."
-            )
-        for family, rows, members in self.rows.by_family(self):
+        for family, rows, members in self.rows.groups(x.shape[0], self._family_of):
             update = mixed_delta(
                 x[rows],
                 family,
@@ -252,6 +236,9 @@ class Linear(nn.Module, UoraLayer):
             )
             result = result.index_add(0, torch.tensor(rows, device=x.device), update)
         return result
+
+    def _family_of(self, name: str) -> Family | None:
+        return self.frames[name].family if name in self.frames else None
 
     def _row_weights(self, names: list[str]) -> Tensor | None:
         """w per row, ``(rows, r)``; None if no row's adapter has hits."""

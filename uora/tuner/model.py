@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from uora.errors import AdapterNotFoundError, ArtifactError, ShapeError, SpecError
+from uora.errors import ShapeError, UnsupportedLayerError
 from uora.frames import check_fingerprint, fingerprint
-from uora.reinit import count_hits
-from uora.tuner._peft import QUERY_VALUE_NAMES, BaseTuner, BaseTunerLayer, BufferDict
+from uora.quantised import keep_weight_layout
+from uora.reinit import ReinitRule, count_hits, hits_shape
+from uora.tuner._peft import QUERY_VALUE_NAMES, BaseTunerLayer, BufferDict
 from uora.tuner.config import UoraConfig
-from uora.tuner.layer import BASE, AdapterFrames, Linear, RowAdapters, UoraLayer
+from uora.tuner.layer import AdapterFrames, Linear, UoraLayer
+from uora.tuner.rows import MixedBatchModel
 
 
-class UoraModel(BaseTuner):
+class UoraModel(MixedBatchModel):
     """A base model with UORA adapters (use ``peft.get_peft_model(model, UoraConfig(...))``).
 
     Nothing here is a matrix: d and b live on the layers, hit counts here, frames come from seeds. Adapters of
@@ -33,34 +34,57 @@ class UoraModel(BaseTuner):
     target_module_mapping = {family: list(names) for family, names in QUERY_VALUE_NAMES.items()}  # noqa: RUF012
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Runs for the first adapter only, once nn.Module is ready for buffers."""
-        #: Hits per index, int64 ``(r,)`` per adapter: part of what is saved.
+        super()._pre_injection_hook(model, config, adapter_name)
+        #: Hits, int64 of the shape of ``uora.reinit.hits_shape``, per adapter: part of what is saved.
         self.uora_hits = BufferDict({}, persistent=True)
-        #: How often each |d| was below tau, int64 ``(layers, r)`` per adapter: needed only to go on training.
+        #: How often each |d| has counted, int64 ``(layers, r)`` per adapter: needed only to go on training.
         self.uora_counts = BufferDict({}, persistent=False)
-        self._rows = RowAdapters()
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Runs before every injection."""
+        keep_weight_layout(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add one adapter, and make sure that its frames are those it was trained on.
 
         Raises:
-            FingerprintError: the frames built here differ from the configuration's; the adapter is removed again.
+            UnsupportedLayerError: a target is not a linear layer.
+            FingerprintError: the frames built here differ from the configuration's.
+
+        Whatever is raised, nothing of the adapter stays.
         """
-        config = self.config_of(adapter_name)
-        self.uora_hits[adapter_name] = torch.zeros(config.r, dtype=torch.int64)
-        self._frames = AdapterFrames(config, self.uora_hits, adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = self.adapter_layers(adapter_name)
-        self.uora_counts[adapter_name] = torch.zeros(len(layers), config.r, dtype=torch.int64)
-        keys = [key for layer in layers.values() for key in layer.frame_keys(adapter_name)]
-        found = fingerprint(keys, config.family.cache_dir)
         try:
-            if config.frame_fingerprint is not None:
-                check_fingerprint(config.frame_fingerprint, found)
-        except ArtifactError:
-            self.delete_adapter(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._set_frames(adapter_name)
+            self._check_frames(adapter_name)
+        except Exception:
+            self._withdraw(adapter_name)
             raise
+
+    def _set_frames(self, adapter_name: str) -> None:
+        """Start the counts at zero and give every layer the frames that follow them."""
+        config, layers = self.config_of(adapter_name), self.adapter_layers(adapter_name)
+        hits_by_layer = config.reinit_scope == "layer"
+        self.uora_hits[adapter_name] = torch.zeros(hits_shape(config.spec(), len(layers)), dtype=torch.int64)
+        self.uora_counts[adapter_name] = torch.zeros(len(layers), config.r, dtype=torch.int64)
+        shared = AdapterFrames(config, self.uora_hits, adapter_name)
+        for position, layer in enumerate(layers.values()):
+            own = AdapterFrames(config, self.uora_hits, adapter_name, position) if hits_by_layer else shared
+            layer.frames[adapter_name] = own
+
+    def _check_frames(self, adapter_name: str) -> None:
+        config = self.config_of(adapter_name)
+        keys = [key for layer in self.adapter_layers(adapter_name).values() for key in layer.frame_keys(adapter_name)]
+        found = fingerprint(keys, config.family.cache_dir)
+        if config.frame_fingerprint is not None:
+            check_fingerprint(config.frame_fingerprint, found)
         config.frame_fingerprint = found
+
+    def _withdraw(self, adapter_name: str) -> None:
+        """Undo an injection, also one that got halfway."""
+        self.delete_adapter(adapter_name)
+        if not self.peft_config:
+            self.unload()
 
     def _create_and_replace(
         self,
@@ -75,16 +99,16 @@ class UoraModel(BaseTuner):
         if not isinstance(peft_config, UoraConfig):
             raise TypeError(f"expected a UoraConfig, found {type(peft_config).__name__}")
         if isinstance(target, Linear):
-            target.update_layer(adapter_name, peft_config, frames=self._frames)
+            target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            raise SpecError(
-                f"Module {current_key} is a {type(base).__name__}; UORA adapts nn.Linear and Conv1D. Choose other "
-                "target_modules.",
-                param="targets",
+        quantization = get_quantization_kwargs(self.model)
+        if not _is_linear(base, quantization):
+            raise UnsupportedLayerError(
+                f"Module {current_key} is a {type(base).__name__}, expected nn.Linear or Conv1D, plain or quantised. "
+                "Choose other targets."
             )
-        layer = Linear(target, adapter_name, peft_config, frames=self._frames, rows=self._rows)
+        layer = Linear(target, adapter_name, peft_config, rows=self._rows, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -108,52 +132,30 @@ class UoraModel(BaseTuner):
         return {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, Linear) and adapter_name in module.frames
+            if isinstance(module, Linear) and adapter_name in module.uora_lambda_d
         }
 
     @torch.no_grad()
-    def reinitialise(self, adapter_name: str) -> int:
+    def reinitialise(self, adapter_name: str, step: int) -> int:
         """Apply the reinitialisation rule once, after an optimizer step.
+
+        Args:
+            adapter_name: whose d decides.
+            step: optimizer steps made, from 1.
 
         Returns:
             The number of hits, over all layers and indices.
         """
         layers = self.adapter_layers(adapter_name).values()
         magnitudes = torch.stack([layer.uora_lambda_d[adapter_name].abs() for layer in layers])
-        rule = self.config_of(adapter_name).reinit_rule
-        counts, hits = count_hits(rule, magnitudes, self.uora_counts[adapter_name].to(magnitudes.device))
-        self.uora_counts[adapter_name].copy_(counts)
-        new = int(hits.sum())
-        if new:
-            self.uora_hits[adapter_name].add_(hits.to(self.uora_hits[adapter_name].device))
-        return new
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
-        """Give each row of this forward the adapter named for it in ``adapter_names``."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        self._check_row_names(names)
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        previous = self._rows.names
-        self._rows.names = tuple(name for name in names for _ in range(copies))
-        try:
-            yield
-        finally:  # a forward that raises must not answer the next request with this one's adapters
-            self._rows.names = previous
-
-    def _check_row_names(self, names: list[str]) -> None:
-        if self.training:
-            raise ValueError("adapter_names works in inference only; call model.eval() first.")
-        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
-        if unknown:
-            raise AdapterNotFoundError(
-                f"Unknown adapters {unknown} in adapter_names; loaded are {sorted(self.peft_config)} and {BASE!r}."
-            )
-        if any(isinstance(module, UoraLayer) and module.merged for module in self.model.modules()):
-            raise ValueError("adapter_names cannot be used while an adapter is merged; unmerge first.")
+        stored_hits, stored_counts = self.uora_hits[adapter_name], self.uora_counts[adapter_name]
+        rule = ReinitRule.of(self.config_of(adapter_name).spec())
+        counts, hits = count_hits(rule, magnitudes.cpu().numpy(), stored_counts.cpu().numpy(), step)
+        stored_counts.copy_(torch.from_numpy(counts))
+        if hits.any():  # a write that changes nothing would make every layer blend its frames anew
+            added = hits if stored_hits.dim() == 2 else hits.sum(axis=0)
+            stored_hits.add_(torch.from_numpy(added).to(stored_hits.device))
+        return int(hits.sum())
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -172,3 +174,17 @@ class UoraModel(BaseTuner):
         if missing:
             raise ShapeError(f"The saved adapter lacks {len(missing)} tensors, the first is {missing[0]}.")
         return remapped
+
+
+def _is_linear(layer: nn.Module, quantization: dict[str, Any]) -> bool:
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(layer, **quantization)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def reinitialise(model: PeftModel, adapter_name: str = "default", *, step: int) -> int:
+    """Apply the reinitialisation rule once, after optimizer step ``step`` (from 1); returns the number of hits."""
+    if not isinstance(model.base_model, UoraModel):
+        raise TypeError(f"expected a PeftModel with UORA adapters, found {type(model.base_model).__name__}")
+    return model.base_model.reinitialise(adapter_name, step)

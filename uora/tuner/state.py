@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from uora.artifact import Artifact, Manifest, ModuleShape, Provenance, dumps
+from uora.artifact import Artifact, Manifest, Provenance, dumps
 from uora.errors import ShapeError
+from uora.layout import ModuleShape
+from uora.spec import UoraSpec
 from uora.tuner.config import UoraConfig
 from uora.tuner.model import UoraModel
 
@@ -19,11 +21,6 @@ def _tuner(model: PeftModel) -> UoraModel:
     if not isinstance(model.base_model, UoraModel):
         raise TypeError(f"expected a PeftModel with UORA adapters, found {type(model.base_model).__name__}")
     return model.base_model
-
-
-def reinitialise(model: PeftModel, adapter_name: str = "default") -> int:
-    """Apply the reinitialisation rule once, after an optimizer step; returns the number of hits."""
-    return _tuner(model).reinitialise(adapter_name)
 
 
 def export_artifact(
@@ -84,6 +81,8 @@ def load_artifact(
 
 
 def _config_of(manifest: Manifest, frame_cache_dir: Path | None) -> UoraConfig:
+    if not isinstance(manifest.adapter, UoraSpec):
+        raise TypeError(f"expected an adapter of uora, found {manifest.adapter.method}")
     names = [module.name for module in manifest.modules]
     config = UoraConfig.of(manifest.adapter, target_modules=names, frame_cache_dir=frame_cache_dir)
     config.frame_fingerprint = dict(manifest.fingerprint)
@@ -109,7 +108,7 @@ def _check_modules(base: nn.Module, manifest: Manifest) -> None:
 @torch.no_grad()
 def _copy_vectors(tuner: UoraModel, artifact: Artifact, adapter_name: str) -> None:
     layers = tuner.adapter_layers(adapter_name)
-    for module, d, b in artifact.vectors():
-        layers[module.name].uora_lambda_d[adapter_name].copy_(torch.from_numpy(d.copy()))
-        layers[module.name].uora_lambda_b[adapter_name].copy_(torch.from_numpy(b.copy()))
+    for module, own in artifact.parts():
+        layers[module.name].uora_lambda_d[adapter_name].copy_(torch.from_numpy(own["d"].copy()))
+        layers[module.name].uora_lambda_b[adapter_name].copy_(torch.from_numpy(own["b"].copy()))
     tuner.uora_hits[adapter_name].copy_(torch.from_numpy(artifact.tensors["hits"].astype(np.int64)))

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from tests.tiny import CHATML, make_tiny_tokenizer
 from uora.data import (
     IGNORED,
-    ChatDataset,
     ChatMessage,
     ChatRow,
+    Dataset,
     Example,
-    check_lengths,
-    encode,
+    check_length,
+    encode_chat,
+    encode_rows,
     render,
     template_sha256,
 )
@@ -44,6 +45,10 @@ def row(*turns: str | ChatMessage, line: int = 1) -> ChatRow:
 
 def as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def encode_all(*rows: ChatRow, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    return list(encode_rows(Dataset(rows, ""), lambda row: encode_chat(row, tokenizer)))
 
 
 def learned_runs(example: Example) -> list[list[int]]:
@@ -95,7 +100,7 @@ def conversations(draw: st.DrawFn) -> ChatRow:
 
 @given(conversation=conversations())
 def test_labels_are_the_assistants_words_and_prompts_are_prefixes(conversation: ChatRow) -> None:
-    example = encode(conversation, TINY)
+    example = encode_chat(conversation, TINY)
     check_example(example, conversation, TINY)
     assert example.input_ids == render(TINY, as_dicts(conversation.messages), add_generation_prompt=False)
     assert TINY.decode(example.input_ids) == TINY.apply_chat_template(as_dicts(conversation.messages), tokenize=False)
@@ -106,7 +111,7 @@ def test_labels_are_the_assistants_words_and_prompts_are_prefixes(conversation: 
 def test_labels_and_prefixes_with_the_real_tokenizer(
     smollm2_tokenizer: PreTrainedTokenizerBase, conversation: ChatRow
 ) -> None:
-    check_example(encode(conversation, smollm2_tokenizer), conversation, smollm2_tokenizer)
+    check_example(encode_chat(conversation, smollm2_tokenizer), conversation, smollm2_tokenizer)
 
 
 @pytest.mark.smollm2
@@ -127,12 +132,12 @@ def test_answer_with_leading_spaces_is_not_merged_into_the_prompt() -> None:
     prompt = render(TINY, as_dicts(row("f").messages), add_generation_prompt=True)
     assert whole[: len(prompt)] != prompt  # the case is real for this tokenizer
 
-    check_example(encode(row("f", "   x"), TINY), row("f", "   x"), TINY)
+    check_example(encode_chat(row("f", "   x"), TINY), row("f", "   x"), TINY)
 
 
 def test_weight_zero_masks_one_message_only() -> None:
     conversation = row("a", ChatMessage("assistant", "skip", trained=False), "b", "learn")
-    assert learned_texts(encode(conversation, TINY), TINY) == ["learn<|im_end|>"]
+    assert learned_texts(encode_chat(conversation, TINY), TINY) == ["learn<|im_end|>"]
 
 
 def test_developer_is_rendered_as_system() -> None:
@@ -147,17 +152,17 @@ def test_template_that_rewrites_earlier_turns() -> None:
     """Learning such a turn is refused; the last one, and rows where only it is learned, are fine."""
     tokenizer = make_tiny_tokenizer(chat_template=FORGETFUL)
     with pytest.raises(DataError, match=r"Line 7: .*messages\[1\]") as caught:
-        encode(ChatRow(row("a", "b", "c", "d").messages, line=7), tokenizer)
+        encode_all(row("a", "b"), ChatRow(row("a", "b", "c", "d").messages, line=7), tokenizer=tokenizer)
     assert caught.value.code == "unmaskable_template"
 
     conversation = row("a", ChatMessage("assistant", "b"), "c", "d")
-    assert learned_texts(encode(conversation, tokenizer), tokenizer) == ["d<|im_end|>"]
+    assert learned_texts(encode_chat(conversation, tokenizer), tokenizer) == ["d<|im_end|>"]
 
 
 def test_assistant_message_that_comes_first_cannot_be_learned() -> None:
     first = ChatRow((ChatMessage("assistant", "hi", trained=True), *row("a", "b").messages), line=2)
     with pytest.raises(DataError, match=r"Line 2: .*messages\[0\].*cannot come first") as caught:
-        encode(first, TINY)
+        encode_all(first, tokenizer=TINY)
     assert caught.value.code == "unmaskable_template"
 
 
@@ -165,7 +170,7 @@ def test_assistant_message_that_comes_first_cannot_be_learned() -> None:
 def test_template_that_does_not_end_a_turn_is_refused(end: str) -> None:
     tokenizer = make_tiny_tokenizer(chat_template=CHATML.replace("'<|im_end|>' + '\n'", repr(end).replace("\\n", "\n")))
     with pytest.raises(DataError, match="learn to stop") as caught:
-        encode(row("a", "b"), tokenizer)
+        encode_chat(row("a", "b"), tokenizer)
     assert caught.value.code == "unmaskable_template"
 
 
@@ -174,7 +179,7 @@ def test_template_that_refuses_the_roles_is_the_rows_fault() -> None:
     tokenizer = make_tiny_tokenizer(chat_template=strict)
     conversation = ChatRow((ChatMessage("system", "s"), *row("a", "b").messages), line=5)
     with pytest.raises(DataError, match=r"Line 5: .*no system role") as caught:
-        encode(conversation, tokenizer)
+        encode_all(conversation, tokenizer=tokenizer)
     assert caught.value.code == "template_error"
 
 
@@ -183,7 +188,7 @@ def test_tokenizer_without_a_template_is_the_models_fault() -> None:
     calls: list[Any] = [
         lambda: template_sha256(bare),
         lambda: render(bare, as_dicts(row("a").messages), add_generation_prompt=True),
-        lambda: encode(row("a", "b"), bare),
+        lambda: encode_chat(row("a", "b"), bare),
     ]
     for call in calls:
         with pytest.raises(BaseModelError) as caught:
@@ -197,11 +202,7 @@ def test_template_hash_follows_the_text() -> None:
 
 
 def test_lengths_up_to_the_context_are_accepted() -> None:
-    dataset = ChatDataset((row("a", "b", line=1), row("a", "b" * 30, line=9)), sha256="")
-    lengths = check_lengths(dataset, TINY, max_tokens=1000)
-    assert lengths == tuple(len(encode(item, TINY).input_ids) for item in dataset.rows)
-
-    assert check_lengths(dataset, TINY, max_tokens=lengths[1]) == lengths
-    with pytest.raises(DataError, match=rf"Line 9: the row has {lengths[1]} tokens; .* {lengths[1] - 1}\.") as caught:
-        check_lengths(dataset, TINY, max_tokens=lengths[1] - 1)
-    assert (caught.value.code, caught.value.line) == ("example_too_long", 9)
+    check_length(7, max_tokens=7)
+    with pytest.raises(DataError, match=r"the row has 8 tokens; .* takes 7\.") as caught:
+        check_length(8, max_tokens=7)
+    assert caught.value.code == "example_too_long"

@@ -11,8 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uora.data import ChatMessage, ChatRow, Problem, read_chat_file, row_problems, scan_chat_file
+from uora.data import (
+    ChatMessage,
+    ChatRow,
+    CompletionRow,
+    ImageRow,
+    Problem,
+    Row,
+    TextRow,
+    read_file,
+    row_problems,
+    scan_file,
+)
 from uora.errors import DataError
+from uora.spec import TASKS, Task
 
 GOOD = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -34,7 +46,7 @@ def test_rows_keep_their_text_weights_and_lines(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "data.jsonl", GOOD, b"", b"  \r", conversation, b"")
 
-    dataset = read_chat_file(path)
+    dataset = read_file(path, "chat")
 
     assert [row.line for row in dataset.rows] == [1, 4]
     assert dataset.rows[1] == ChatRow(
@@ -52,7 +64,7 @@ def test_rows_keep_their_text_weights_and_lines(tmp_path: Path) -> None:
 
 def test_byte_order_mark_and_carriage_returns_are_allowed(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r", GOOD)
-    assert len(read_chat_file(path).rows) == 2
+    assert len(read_file(path, "chat").rows) == 2
 
 
 def messages(*items: Any) -> dict[str, Any]:
@@ -99,7 +111,7 @@ ANSWER = {"role": "assistant", "content": "hello"}
 def test_bad_row_names_its_line_and_what_is_wrong(tmp_path: Path, row: Any, code: str, words: str) -> None:
     path = write(tmp_path / "data.jsonl", GOOD, b"", row, GOOD)
     with pytest.raises(DataError) as caught:
-        read_chat_file(path)
+        read_file(path, "chat")
     assert caught.value.code == code
     assert caught.value.line == 3
     assert str(caught.value).startswith("Line 3: ")
@@ -111,13 +123,13 @@ def test_empty_file_is_one_problem_without_a_line(tmp_path: Path, content: bytes
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="no rows") as caught:
-        read_chat_file(path)
+        read_file(path, "chat")
     assert (caught.value.code, caught.value.line) == ("empty_file", None)
 
 
 def test_scan_goes_on_after_a_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", messages(USER), GOOD, messages({**USER, "role": "x"}, {**USER, "extra": 1}))
-    found = list(scan_chat_file(path))
+    found = list(scan_file(path, "chat"))
     assert [(type(item), item.line) for item in found] == [
         (Problem, 1),
         (ChatRow, 2),
@@ -134,11 +146,76 @@ json_values = st.recursive(
         | st.dictionaries(st.sampled_from(["messages", "role", "content", "weight"]) | st.text(), inner, max_size=4)
     ),
 )
+KEYS = ["prompt", "completion", "text", "text_pair", "label", "image"]
+flat_rows = st.dictionaries(st.sampled_from(KEYS), json_values)
 
 
-@given(row=json_values | json_values.map(lambda value: {"messages": [value]}))
-def test_any_json_value_is_judged(row: Any) -> None:
+@pytest.mark.parametrize("task", TASKS)
+@given(row=json_values | json_values.map(lambda value: {"messages": [value]}) | flat_rows)
+def test_any_json_value_is_judged(task: Task, row: Any) -> None:
     """Nothing that JSON can say breaks the checks, and every problem has a code and a message."""
-    for problem in row_problems(row):
+    for problem in row_problems(row, task):
         assert problem.code
         assert problem.message
+
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+TEXT = {"text": "good", "label": "yes"}
+NUMBER = {"text": "a", "text_pair": "b", "label": 2}
+IMAGE = {"image": PNG, "label": "cat"}
+PROMPT = {"prompt": "2+2=", "completion": " 4"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "expected"),
+    [
+        ("completion", PROMPT, CompletionRow("2+2=", " 4", 2)),
+        ("classification", TEXT, TextRow("good", None, "yes", 2)),
+        ("classification", {**TEXT, "text_pair": "bad"}, TextRow("good", "bad", "yes", 2)),
+        ("regression", NUMBER, TextRow("a", "b", 2.0, 2)),
+        ("image-classification", IMAGE, ImageRow(b"\x89PNG\r\n\x1a\n", "cat", 2)),
+    ],
+)
+def test_rows_of_every_task(tmp_path: Path, task: Task, row: Any, expected: Row) -> None:
+    path = write(tmp_path / "data.jsonl", b"", row)
+    dataset = read_file(path, task)
+    assert dataset.rows == (expected,)
+    assert dataset.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "code", "words"),
+    [
+        ("completion", [PROMPT], "invalid_row", "found a list; expected an object with prompt and completion"),
+        ("completion", GOOD, "unknown_key", "'messages'"),
+        ("completion", {"prompt": "a"}, "missing_field", "completion is missing"),
+        ("completion", {**PROMPT, "prompt": ""}, "invalid_content", "prompt is empty"),
+        ("completion", {**PROMPT, "completion": None}, "invalid_content", "completion is null"),
+        ("completion", {**PROMPT, "prompt": "\udc00"}, "invalid_encoding", "prompt has half"),
+        (
+            "classification",
+            {"label": "x"},
+            "missing_field",
+            "text is missing; a row has text, optionally text_pair and",
+        ),
+        ("classification", {**TEXT, "text_pair": None}, "invalid_content", "text_pair is null"),
+        ("classification", {**TEXT, "label": 1}, "invalid_label", "label is a number; expected the name of a class"),
+        ("classification", {**TEXT, "label": ""}, "invalid_content", "label is empty"),
+        ("regression", {**NUMBER, "label": "2"}, "invalid_label", "label is a string; expected a number"),
+        ("regression", {**NUMBER, "label": True}, "invalid_label", "label is true or false"),
+        ("regression", b'{"text": "a", "label": NaN}', "invalid_label", "label is nan; expected a finite number"),
+        ("regression", {**NUMBER, "label": 10**400}, "invalid_label", "expected a finite number"),
+        ("image-classification", {**IMAGE, "image": 3}, "invalid_image", "image is a number"),
+        ("image-classification", {**IMAGE, "image": "http://x/y.png"}, "invalid_image", "found 'http://x/y.png'"),
+        ("image-classification", {**IMAGE, "image": PNG.replace("png", "svg")}, "invalid_image", "(or jpeg, or webp)"),
+        ("image-classification", {**IMAGE, "image": PNG + "é"}, "invalid_image", "base64 cannot be read"),
+        ("image-classification", {**IMAGE, "image": PNG + "="}, "invalid_image", "base64 cannot be read"),
+        ("image-classification", {**IMAGE, "label": 3}, "invalid_label", "label is a number"),
+    ],
+)
+def test_bad_row_of_every_task(tmp_path: Path, task: Task, row: Any, code: str, words: str) -> None:
+    path = write(tmp_path / "data.jsonl", b"", row)
+    with pytest.raises(DataError) as caught:
+        read_file(path, task)
+    assert (caught.value.code, caught.value.line) == (code, 2)
+    assert words in str(caught.value)

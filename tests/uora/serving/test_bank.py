@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
@@ -10,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.uora.toys import PROVENANCE, VOCABULARY, artifact, llama, output
+from tests.uora.toys import PROVENANCE, VOCABULARY, artifact, artifact_of, llama, load, output
 from uora.artifact import Artifact
 from uora.errors import AdapterNotFoundError, ArtifactError, FingerprintError, ShapeError
 from uora.serving.bank import AdapterBank
-from uora.tuner import load_artifact
 
 ARTIFACTS = [
     artifact(1),
@@ -23,9 +21,16 @@ ARTIFACTS = [
     artifact(4, frame_seed=7, target_modules=["q_proj", "v_proj"]),
     artifact(5, target_modules=["down_proj"]),
     artifact(6, r=40, hit=True),
+    artifact(7, reinit_scope="layer", hit=True),
+    artifact(8, init="xavier"),
+    artifact_of("vera", 9),
+    artifact_of("lora", 10),
+    artifact_of("lora", 11, targets=("q_proj",), lora_alpha=3),
+    artifact_of("olora", 12),
+    artifact_of("osora", 13),
 ]
 IDS = torch.randint(0, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(0))
-ALONE = [output(load_artifact(llama(), item).eval(), IDS) for item in ARTIFACTS]
+ALONE = [output(load(item), IDS) for item in ARTIFACTS]
 BASE = output(llama(), IDS)
 
 
@@ -75,7 +80,7 @@ def test_rows_are_reused_cleanly_and_stacks_grow() -> None:
     draw = random.Random(0)
     resident: list[int] = []
     variants = [artifact(100 + seed, target_modules=draw.choice(["all-linear", ["q_proj"]])) for seed in range(24)]
-    alone = [output(load_artifact(copy.deepcopy(llama()), item).eval(), IDS[:1]) for item in variants]
+    alone = [output(load(item), IDS[:1]) for item in variants]
     for _ in range(80):
         if resident and draw.random() < 0.2:
             bank.remove(variants[resident.pop(draw.randrange(len(resident)))].manifest.digest)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from uora.data import ChatDataset, ChatMessage, ChatRow
+from uora.data import ChatMessage, ChatRow, Dataset, Row
 from uora.models import LocalModel
-from uora.spec import AdapterSpec, Hyperparameters, TrainingSpec
+from uora.spec import Hyperparameters, TrainingSpec, UoraSpec, parse_adapter
 from uora.training import Evaluation, StepMetrics, TrainingResult, train
 
 
@@ -39,7 +39,7 @@ class Recorder:
         return self.stop_after is not None and self.questions > self.stop_after
 
 
-def make_dataset(n_rows: int, *, sha256: str = "d" * 64) -> ChatDataset:
+def make_dataset(n_rows: int, *, sha256: str = "d" * 64) -> Dataset[Row]:
     """Rows of several lengths whose answers can be told from their questions."""
     rows = [
         ChatRow(
@@ -51,16 +51,16 @@ def make_dataset(n_rows: int, *, sha256: str = "d" * 64) -> ChatDataset:
         )
         for i in range(n_rows)
     ]
-    return ChatDataset(tuple(rows), sha256)
+    return Dataset(tuple(rows), sha256)
 
 
 def make_spec(**changes: Any) -> TrainingSpec:
     """A spec for a short run; ``changes`` to any of its fields, however deep."""
-    adapter = {"r": 8} | {k: v for k, v in changes.items() if k in AdapterSpec.model_fields}
+    adapter = {"r": 8} | {k: v for k, v in changes.items() if k in UoraSpec.model_fields}
     run = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
     run |= {k: v for k, v in changes.items() if k in Hyperparameters.model_fields}
     return TrainingSpec(
-        adapter=AdapterSpec.model_validate(adapter),
+        adapter=parse_adapter(adapter),
         hyperparameters=Hyperparameters.model_validate(run),
         learning_rate=changes.get("learning_rate", 0.05),
         seed=changes.get("seed", 0),
@@ -76,9 +76,9 @@ def run(tiny_base: LocalModel) -> Run:
 
     def call(
         spec: TrainingSpec,
-        training: ChatDataset,
+        training: Dataset[Row],
         *,
-        validation: ChatDataset | None = None,
+        validation: Dataset[Row] | None = None,
         observer: Recorder | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> TrainingResult:
@@ -88,7 +88,7 @@ def run(tiny_base: LocalModel) -> Run:
             training=training,
             validation=validation,
             observer=observer or Recorder(),
-            frame_cache_dir=None,
+            cache_dir=None,
             dtype=dtype,
         )
 

@@ -52,7 +52,7 @@ def test_loss_equals_the_models_own(model: PreTrainedModel, examples: list[Examp
 
         assert total.item() == pytest.approx(expected.loss.item(), abs=1e-5)
         assert loss.training.mean_loss == pytest.approx(expected.loss.item(), abs=1e-5)
-        assert loss.training.tokens == learned.sum()
+        assert loss.training.count == learned.sum()
         assert loss.training.accuracy == pytest.approx(
             (predictions == targets)[learned].float().mean().item(), abs=1e-6
         )
@@ -75,11 +75,11 @@ def test_meters_are_separate() -> None:
     with torch.no_grad():
         loss(outputs, labels)
         loss(outputs, labels)
-    assert (loss.training.tokens, loss.validation.tokens) == (2, 4)
+    assert (loss.training.count, loss.validation.count) == (2, 4)
     assert loss.training.mean_loss == pytest.approx(torch.log(torch.tensor(4.0)).item())
     assert loss.training.accuracy == 0.5  # of equal logits, the first wins
-    loss.training.reset()
-    assert loss.training.tokens == 0
+    loss.reset_training()
+    assert (loss.training.count, loss.validation.count) == (0, 4)
 
 
 def test_models_that_cannot_skip_logits_are_recognised(model: PreTrainedModel) -> None:

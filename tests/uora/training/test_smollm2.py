@@ -7,7 +7,7 @@ import torch
 
 from tests.uora.training.conftest import Recorder, make_spec
 from uora.artifact import loads
-from uora.data import ChatDataset, ChatMessage, ChatRow
+from uora.data import ChatMessage, ChatRow, Dataset
 from uora.models import LocalModel, pick_dtype
 from uora.training import train
 
@@ -28,7 +28,7 @@ def test_real_model_learns(smollm2: LocalModel) -> None:
         )
         for line, text in enumerate(QUESTIONS, start=1)
     )
-    dataset = ChatDataset(rows, "0" * 64)
+    dataset = Dataset(rows, "0" * 64)
     recorder = Recorder()
     result = train(
         make_spec(r=64, n_epochs=8, batch_size=6, learning_rate=0.05),
@@ -36,7 +36,7 @@ def test_real_model_learns(smollm2: LocalModel) -> None:
         training=dataset,
         validation=dataset,
         observer=recorder,
-        frame_cache_dir=smollm2.directory.parent.parent / "frames",
+        cache_dir=smollm2.directory.parent.parent,
         dtype=pick_dtype("auto"),
     )
     losses = [step.train_loss for step in recorder.steps]

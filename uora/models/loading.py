@@ -1,0 +1,238 @@
+"""A base model in memory, and what turns rows into its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from uora.errors import BaseModelError
+from uora.models.inputs import ImageInputs, TextInputs
+from uora.models.logs import last_line, quiet
+from uora.models.sources import LocalModel
+from uora.spec import Task
+
+_MODEL_CLASSES: dict[Task, Any] = {
+    "chat": AutoModelForCausalLM,
+    "completion": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+#: What transformers raises for a directory that it cannot use; ImportError for a library that a model needs.
+_UNUSABLE = (OSError, ValueError, KeyError, ImportError)
+
+
+def load_model(
+    local: LocalModel,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    task: Task = "chat",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode; for a task that needs one, with a head that can be trained.
+
+    The head (see `head_modules`) is what follows the base model proper, and what of it the weights' files lack. It
+    is the only part that requires gradients, and it is float32 whatever ``dtype`` is.
+
+    Args:
+        local: what `fetch` returned.
+        dtype: of the weights in memory.
+        device: where they go.
+        task: what the model is for.
+        labels: the classes; none for a regression, which has one output, or where adapters bring their own heads.
+        seed: of a head's weights.
+
+    Raises:
+        BaseModelError: the directory's weights or configuration cannot be read, or are no model for this task.
+    """
+    options = {} if task in ("chat", "completion") else {"num_labels": len(labels) or 1}
+    try:
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, report = _MODEL_CLASSES[task].from_pretrained(
+                local.directory,
+                dtype=dtype,
+                local_files_only=True,
+                ignore_mismatched_sizes=bool(options),  # a classifier of other classes
+                output_loading_info=True,
+                **options,
+            )
+    except _UNUSABLE as error:
+        raise BaseModelError(f"The base model {local.name!r} cannot be loaded: {last_line(error)}") from error
+    model = cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if task in ("classification", "regression"):
+        model.config.get_text_config().pad_token_id = _pad_token(model.config)
+    if options:
+        _make_head(model, new, name=local.name)
+    elif new:
+        raise BaseModelError(
+            f"The base model {local.name!r} lacks {len(new)} weights of a language model, the first is {min(new)}. "
+            f"For the task {task} use a model that generates text."
+        )
+    return model
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of a loaded model's modules that are its head: those whose own parameters can be trained."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    )
+
+
+def _make_head(model: PreTrainedModel, new: set[str], *, name: str) -> None:
+    """Let the modules that hold new weights, or stand outside the base model proper, be trained, in float32."""
+    inside = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    owners = {
+        parameter.rpartition(".")[0]
+        for parameter, _ in model.named_parameters()
+        if parameter in new or not parameter.startswith(inside)
+    }
+    for owner in owners:
+        module = model.get_submodule(owner)
+        if any(module.children()):
+            raise BaseModelError(
+                f"The base model {name!r} lacks weights of its {owner or 'top'} ({type(module).__name__}), which is "
+                "more than a head that could be trained anew. Use a model whose files hold all of its encoder."
+            )
+        module.float().requires_grad_(True)
+        module.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def load_skeleton(local: LocalModel) -> PreTrainedModel:
+    """The base model's modules without their weights (on torch's meta device), for their names and sizes.
+
+    Raises:
+        BaseModelError: the directory's configuration cannot be read, or is of no model that generates text.
+    """
+    try:
+        with torch.device("meta"):
+            auto: Any = AutoModelForCausalLM  # its methods have no types
+            model = auto.from_config(_config(local))
+    except _UNUSABLE as error:
+        raise BaseModelError(f"The base model {local.name!r} cannot be built: {last_line(error)}") from error
+    return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with its chat template if it has one.
+
+    Raises:
+        BaseModelError: the directory's tokenizer cannot be read.
+    """
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(local.directory, local_files_only=True))
+    except _UNUSABLE as error:
+        raise BaseModelError(f"The tokenizer of {local.name!r} cannot be loaded: {last_line(error)}") from error
+
+
+def load_text_inputs(local: LocalModel) -> TextInputs:
+    """How the base model takes texts to classify.
+
+    Raises:
+        BaseModelError: the directory's tokenizer or configuration cannot be read.
+    """
+    tokenizer = load_tokenizer(local)
+    config = _config(local)
+    return TextInputs(
+        tokenizer=tokenizer,
+        # Some models number positions from 2: the tokenizer knows how many are left.
+        max_tokens=min(context_tokens(local), tokenizer.model_max_length),
+        pad_token=_pad_token(config),
+        with_segments=getattr(config, "type_vocab_size", 0) > 1,
+    )
+
+
+def load_image_inputs(local: LocalModel) -> ImageInputs:
+    """How the base model takes images.
+
+    Raises:
+        BaseModelError: the directory has no image processor, or Pillow is not installed.
+    """
+    try:
+        # Pillow's resizing on every machine, whether or not torchvision's, which rounds otherwise, is there.
+        auto: Any = AutoImageProcessor  # its methods have no types
+        processor = auto.from_pretrained(local.directory, local_files_only=True, backend="pil")
+    except _UNUSABLE as error:
+        raise BaseModelError(
+            f"The image processor of {local.name!r} cannot be loaded: {last_line(error)}. Expected a model of images "
+            "with its preprocessor_config.json."
+        ) from error
+    return ImageInputs(processor)
+
+
+def context_tokens(local: LocalModel) -> int:
+    """The longest sequence that the base model takes, prompt and answer, in tokens.
+
+    Raises:
+        BaseModelError: its configuration does not say.
+    """
+    try:
+        return int(_config(local).get_text_config().max_position_embeddings)
+    except AttributeError as error:
+        raise BaseModelError(
+            f"The configuration of {local.name!r} does not give max_position_embeddings: {last_line(error)}"
+        ) from error
+
+
+def _config(local: LocalModel) -> PretrainedConfig:
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(local.directory, local_files_only=True))
+    except _UNUSABLE as error:
+        raise BaseModelError(f"The configuration of {local.name!r} cannot be read: {last_line(error)}") from error
+
+
+def _pad_token(config: PretrainedConfig) -> int:
+    """The model's padding token; the one that ends a text where it has none, as decoders often do."""
+    text = config.get_text_config()
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    return next((token for token in (text.pad_token_id, *ends) if token is not None and token >= 0), 0)
+
+
+def pick_dtype(setting: str) -> torch.dtype:
+    """The dtype of the base model's weights.
+
+    Args:
+        setting: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where the processor computes in it, else
+            float32 (emulated bfloat16 is slower than float32).
+
+    Raises:
+        BaseModelError: another setting.
+    """
+    match setting:
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+        case "auto":
+            return torch.bfloat16 if _has_bfloat16() else torch.float32
+    raise BaseModelError(f"The dtype is {setting!r}; expected auto, bfloat16 or float32.", param="dtype")
+
+
+def _has_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -1,0 +1,225 @@
+"""What differs between tasks: examples of rows, batches of examples, pieces of batches, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from uora.data import (
+    ChatRow,
+    CompletionRow,
+    Dataset,
+    Example,
+    ImageRow,
+    Labels,
+    Row,
+    TextRow,
+    check_length,
+    encode_chat,
+    encode_completion,
+    encode_rows,
+    template_sha256,
+)
+from uora.models import (
+    Batch,
+    Features,
+    ImageInputs,
+    LocalModel,
+    TextInputs,
+    context_tokens,
+    load_image_inputs,
+    load_text_inputs,
+    load_tokenizer,
+)
+from uora.spec import Task
+from uora.training.batches import MAX_IMAGES_AT_ONCE, MAX_TOKENS_AT_ONCE, collate, split, split_rows
+from uora.training.loss import (
+    ClassLoss,
+    LearnedTokenLoss,
+    SquaredErrorLoss,
+    TaskLoss,
+    keeps_masked_logits,
+    predicting_positions,
+)
+
+#: How one batch goes through a model: in pieces of bounded size.
+Splitter = Callable[[Batch], Iterator[Batch]]
+
+
+class TrainingTask(Protocol):
+    """A task on one base model."""
+
+    @property
+    def loss(self) -> TaskLoss[Any]:
+        """What is made small, with its meters."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the model's outputs; empty where there are none."""
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of the template that rendered the rows, if there is one."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the examples are made of tokens."""
+
+    def examples(self, dataset: Dataset[Row]) -> list[Any]:
+        """Every row as an example, in order.
+
+        Raises:
+            DataError: a row does not fit the model or the task; names its line.
+        """
+
+    def length(self, example: Any) -> int:
+        """The example's tokens; 0 if it has none."""
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """One batch, with ``labels``."""
+
+    def splitter(self, model: nn.Module) -> Splitter:
+        """How batches go through this model."""
+
+
+def training_task(task: Task, base: LocalModel, training: Dataset[Row]) -> TrainingTask:
+    """The strategy of ``task`` for a base model and a training file, from which classes take their names.
+
+    Raises:
+        BaseModelError: the base model has no tokenizer or image processor for it.
+        DataError: there are fewer than two classes.
+    """
+    match task:
+        case "chat":
+            tokenizer = load_tokenizer(base)
+            return _Causal(
+                lambda row: encode_chat(cast(ChatRow, row), tokenizer),
+                max_tokens=context_tokens(base),
+                chat_template_sha256=template_sha256(tokenizer),
+            )
+        case "completion":
+            tokenizer = load_tokenizer(base)
+            return _Causal(
+                lambda row: encode_completion(cast(CompletionRow, row), tokenizer), max_tokens=context_tokens(base)
+            )
+        case "classification":
+            return _Texts(load_text_inputs(base), ClassLoss(), _labels(training))
+        case "regression":
+            return _Texts(load_text_inputs(base), SquaredErrorLoss())
+        case "image-classification":
+            return _Images(load_image_inputs(base), _labels(training))
+
+
+def _labels(training: Dataset[Row]) -> tuple[str, ...]:
+    return Labels.of(cast(str, row.label) for row in cast(Dataset[TextRow | ImageRow], training).rows).names
+
+
+@dataclass(frozen=True)
+class _Causal:
+    """A model that goes on with a text; only some tokens are learned."""
+
+    encode: Callable[[Row], Example]
+    max_tokens: int
+    chat_template_sha256: str | None = None
+    loss: LearnedTokenLoss = field(default_factory=LearnedTokenLoss)
+    labels: tuple[str, ...] = ()
+    counts_tokens: bool = True
+
+    def examples(self, dataset: Dataset[Row]) -> list[Example]:
+        return list(encode_rows(dataset, self._example))
+
+    def _example(self, row: Row) -> Example:
+        example = self.encode(row)
+        check_length(len(example.input_ids), max_tokens=self.max_tokens)
+        return example
+
+    def length(self, example: Example) -> int:
+        return len(example.input_ids)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return collate(examples)
+
+    def splitter(self, model: nn.Module) -> Splitter:
+        masked = keeps_masked_logits(model)
+
+        def pieces(batch: Batch) -> Iterator[Batch]:
+            for piece in split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["input_ids"].device.type]):
+                # A causal model's tokens never see the padding on their right; without a mask, attention takes a
+                # faster kernel.
+                del piece["attention_mask"]
+                if masked:
+                    piece["logits_to_keep"] = predicting_positions(piece["labels"])
+                yield piece
+
+        return pieces
+
+
+@dataclass(frozen=True)
+class _TextExample:
+    features: Features
+    target: int | float
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A class or a number for a text or a pair of texts."""
+
+    inputs: TextInputs
+    loss: ClassLoss | SquaredErrorLoss
+    labels: tuple[str, ...] = ()
+    chat_template_sha256: None = None
+    counts_tokens: bool = True
+
+    def examples(self, dataset: Dataset[Row]) -> list[_TextExample]:
+        return list(encode_rows(cast(Dataset[TextRow], dataset), self._example))
+
+    def _example(self, row: TextRow) -> _TextExample:
+        target = Labels(self.labels).index(row.label) if isinstance(row.label, str) else row.label
+        return _TextExample(self.inputs.encode(row.text, row.text_pair), target)
+
+    def length(self, example: _TextExample) -> int:
+        return len(example.features["input_ids"])
+
+    def collate(self, examples: Sequence[_TextExample]) -> Batch:
+        targets = torch.tensor([example.target for example in examples])
+        return self.inputs.collate([example.features for example in examples]) | {"labels": targets}
+
+    def splitter(self, model: nn.Module) -> Splitter:
+        return lambda batch: split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["labels"].device.type])
+
+
+@dataclass(frozen=True)
+class _ImageExample:
+    image: bytes
+    target: int
+
+
+@dataclass(frozen=True)
+class _Images:
+    """A class for an image."""
+
+    inputs: ImageInputs
+    labels: tuple[str, ...]
+    loss: ClassLoss = field(default_factory=ClassLoss)
+    chat_template_sha256: None = None
+    counts_tokens: bool = False
+
+    def examples(self, dataset: Dataset[Row]) -> list[_ImageExample]:
+        return list(encode_rows(cast(Dataset[ImageRow], dataset), self._example))
+
+    def _example(self, row: ImageRow) -> _ImageExample:
+        return _ImageExample(self.inputs.encode(row.image), Labels(self.labels).index(row.label))
+
+    def length(self, example: _ImageExample) -> int:
+        return 0
+
+    def collate(self, examples: Sequence[_ImageExample]) -> Batch:
+        targets = torch.tensor([example.target for example in examples])
+        return self.inputs.collate([example.image for example in examples]) | {"labels": targets}
+
+    def splitter(self, model: nn.Module) -> Splitter:
+        return lambda batch: split_rows(batch, max_rows=MAX_IMAGES_AT_ONCE[batch["labels"].device.type])
