@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from api.projects.service import ensure_project
 from api.settings import Settings
 from scripts.demo_data import Review, load_split, write_jsonl
 from uora.artifact import Artifact, loads, stored_bytes
-from uora.data import read_chat_file, render
+from uora.data import read_file, render
 from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Delta, Generation, Sampling
@@ -87,7 +88,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="uora-methods-") as folder:
         home = Path(folder)
-        settings = Settings(home=home, database_url=os.environ.get("UORA_DATABASE_URL", f"sqlite:///{home}/rows.db"))
+        database_url = os.environ.get("UORA_DATABASE_URL", f"sqlite:///{home}/rows.db")
+        settings = Settings(home=home, database_url=database_url, engine_token=secrets.token_urlsafe())
         split = load_split(settings.cache_dir, train=arguments.steps * BATCH, validation=0, held_out=arguments.prompts)
         base = fetch(MODEL, f"known:{MODEL}", cache_dir=settings.cache_dir)
         trained = {method: _train(method, arguments, split.train, base, settings) for method in METHODS}
@@ -126,7 +128,7 @@ def _train(
     result = train(
         spec,
         base=base,
-        training=read_chat_file(write_jsonl(list(reviews), settings.home / "train.jsonl")),
+        training=read_file(write_jsonl(list(reviews), settings.home / "train.jsonl"), "chat"),
         validation=None,
         observer=watch,
         cache_dir=settings.cache_dir,
@@ -163,7 +165,7 @@ def _serve(
     tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(base))
     model = load_model(base, dtype=torch.float32, device="cpu")
     weights = BaseWeights.of_local(base, "chat", settings.cache_dir)
-    bank = AdapterBank(model, base_digest=base.digest, cache_dir=settings.cache_dir, weights=weights)
+    bank = AdapterBank(model, base_digest=base.digest, weights=weights)
     for row in rows:
         artifact = store.load(row.id, row.digest)
         bank.check(artifact.manifest)

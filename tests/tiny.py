@@ -73,12 +73,13 @@ def make_tiny_llama(directory: Path, *, chat_template: str = CHATML, max_tokens:
     return directory
 
 
-def make_tiny_bert(directory: Path, *, with_pooler: bool = True) -> Path:
+def make_tiny_bert(directory: Path, *, with_pooler: bool = True, dropout: float = 0.1) -> Path:
     """Write an encoder without a head, as all-MiniLM-L6-v2 is one; see `make_tiny_llama`.
 
     Args:
         directory: made if it is not there.
         with_pooler: whether its files hold the pooler that a classifier stands on.
+        dropout: of hidden states and attention, in training.
     """
     tokenizer = make_letter_tokenizer()
     config = BertConfig(
@@ -89,6 +90,8 @@ def make_tiny_bert(directory: Path, *, with_pooler: bool = True) -> Path:
         num_attention_heads=4,
         max_position_embeddings=64,
         initializer_range=0.2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         pad_token_id=tokenizer.pad_token_id,
     )
     _save(directory, lambda: BertModel(config, add_pooling_layer=with_pooler), tokenizer)

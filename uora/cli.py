@@ -36,7 +36,7 @@ def methods(
         modules = _modules(model, specs[0])
         table = _table(model, specs, modules)
     except UoraError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error.message}", highlight=False)
+        Console(stderr=True).print(f"{type(error).__name__}: {error.message}", style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     _console.print(table)
 

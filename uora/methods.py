@@ -40,7 +40,7 @@ class _Method(Protocol):
     def config(self, base: BaseWeights) -> PeftConfig:
         """PEFT's configuration, without its targets."""
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
         """What PEFT's injection leaves to do."""
 
     def parameters(self, layer: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class _Uora:
     def config(self, base: BaseWeights) -> PeftConfig:
         return UoraConfig.of(self._spec, target_modules=None, frame_cache_dir=base.cache_dir)
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
         pass
 
     def parameters(self, layer: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class _Vera:
                 save_projection=False,
             )
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
         """Give every layer the matrices of its own size, in the place of slices of PEFT's largest."""
         family = Family(self._spec.frame_seed, self._spec.r, base.cache_dir, layout.VERA_INIT)
         for layer in layers.values():
@@ -105,7 +105,7 @@ class _Lora:
             lora_dropout=self._spec.dropout,
         )
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
         pass
 
     def parameters(self, layer: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -119,8 +119,9 @@ class _Olora(_Lora):
     or quantised base anew.
     """
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
-        for name, weight in base.weights(layers):
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+        # Of this very model, rounded or quantised as it may be: both pairs are stored, so none is ever rebuilt.
+        for name, weight in BaseWeights.of_model(model).weights(layers):
             a, b = self.parameters(layers[name], adapter_name).values()
             self._start(a, b, weight.to(a.device))
             self._freeze_initial(a, b)
@@ -151,7 +152,7 @@ class _Osora:
     def config(self, base: BaseWeights) -> PeftConfig:
         return OsoraConfig.of(self._spec, base=base)
 
-    def prepare(self, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
+    def prepare(self, model: PeftModel, layers: Layers, adapter_name: str, base: BaseWeights) -> None:
         pass
 
     def parameters(self, layer: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -219,7 +220,7 @@ def _attach(
     layers = adapted_layers(peft_model, adapter_name)
     if list(layers) != [module.name for module in modules]:
         raise ShapeError(f"PEFT adapted {sorted(layers)}, expected {sorted(module.name for module in modules)}.")
-    method.prepare(layers, adapter_name, base)
+    method.prepare(peft_model, layers, adapter_name, base)
     return peft_model
 
 

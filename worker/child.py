@@ -21,7 +21,7 @@ from worker import failures
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step
 
 if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
-    from uora.data import ChatDataset
+    from uora.data import Dataset, Row
     from uora.training import Evaluation, StepMetrics, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -102,12 +102,12 @@ def main() -> int:
 def _run(request: ChildRequest, observer: ReportingObserver) -> None:
     reading: str | None = None
     try:
-        from uora.data import read_chat_file
+        from uora.data import read_file
 
         reading = "training_file"
-        training = read_chat_file(request.training_file)
+        training = read_file(request.training_file, request.spec.task)
         reading = "validation_file"
-        validation = read_chat_file(request.validation_file) if request.validation_file else None
+        validation = read_file(request.validation_file, request.spec.task) if request.validation_file else None
         reading = None
         observer.on_done(_train(request, observer, training=training, validation=validation))
     except Exception as error:
@@ -119,8 +119,8 @@ def _train(
     request: ChildRequest,
     observer: ReportingObserver,
     *,
-    training: ChatDataset,
-    validation: ChatDataset | None,
+    training: Dataset[Row],
+    validation: Dataset[Row] | None,
 ) -> TrainingResult:
     import torch
 
@@ -135,7 +135,7 @@ def _train(
         training=training,
         validation=validation,
         observer=observer,
-        frame_cache_dir=request.cache_dir,
+        cache_dir=request.cache_dir,
         dtype=pick_dtype(request.dtype),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from sqlalchemy import exists, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,15 +18,18 @@ from api.jobs.models import Job, JobEvent, JobStatus
 from api.jobs.repository import add_event, move_job
 from api.queue import TaskName
 from api.unit_of_work import open_unit_of_work
-from uora.data import ChatDataset, check_lengths, read_chat_file
+from uora.data import Dataset, Row, read_file
 from uora.errors import BaseModelError, UoraError
-from uora.spec import HyperparameterRequest, TrainingSpec, parse_adapter, resolve
+from uora.spec import HyperparameterRequest, Task, TrainingSpec, parse_adapter, resolve
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
 from worker.results import add_failure_event, stored_error
 
 logger = logging.getLogger(__name__)
+
+#: What the service's jobs learn.
+TASK: Final[Task] = "chat"
 
 
 class Refused(Exception):
@@ -77,7 +81,7 @@ def _check(held: Resources, job: Job) -> TrainingSpec:
     datasets = {"training_file": _read(held, job, job.training_file, param="training_file")}
     if job.validation_file:
         datasets["validation_file"] = _read(held, job, job.validation_file, param="validation_file")
-    _check_lengths(held, job, datasets)
+    _check_examples(held, job, datasets)
     return resolve(
         HyperparameterRequest.model_validate(job.hyperparameters),
         adapter=parse_adapter(job.adapter),
@@ -87,12 +91,12 @@ def _check(held: Resources, job: Job) -> TrainingSpec:
     )
 
 
-def _read(held: Resources, job: Job, file_id: str, *, param: str) -> ChatDataset:
+def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row]:
     try:
         with held.sessions() as session:
             key = FileRepository(session, job.project_id).get(file_id).storage_key
         with _refusing(param), held.storage.local_path(key) as path:
-            return read_chat_file(path)
+            return read_file(path, TASK)
     except (FileNotFound, FileNotFoundError) as error:
         logger.warning("job %s: %s", job.id, error)
         message = f"The file {file_id} is not there any more. Upload it again and create a new job."
@@ -100,19 +104,19 @@ def _read(held: Resources, job: Job, file_id: str, *, param: str) -> ChatDataset
         raise Refused(missing) from error
 
 
-def _check_lengths(held: Resources, job: Job, datasets: dict[str, ChatDataset]) -> None:
+def _check_examples(held: Resources, job: Job, datasets: dict[str, Dataset[Row]]) -> None:
+    """Make sure that every row fits the base model, with its own tokenizer and template."""
     # Loads torch, which takes seconds: not before the files are known to be well-formed.
-    from uora.models import context_tokens, fetch, load_tokenizer
+    from uora.models import fetch
+    from uora.training.tasks import training_task
 
     source = held.settings.base_models.get(job.model)
     if source is None:
         raise BaseModelError(f"{job.model!r} is not among the base models of this process's settings.")
-    local = fetch(job.model, source, cache_dir=held.settings.cache_dir)
-    tokenizer = load_tokenizer(local)
-    max_tokens = context_tokens(local)
+    task = training_task(TASK, fetch(job.model, source, cache_dir=held.settings.cache_dir), datasets["training_file"])
     for param, dataset in datasets.items():
         with _refusing(param):
-            check_lengths(dataset, tokenizer, max_tokens=max_tokens)
+            task.examples(dataset)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ torch implementation: frames are arguments, and the frames are mutated step by s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,29 +31,48 @@ def merged(w0: Array, a: Array, b_matrix: Array, d: Array, b: Array) -> Array:
 
 @dataclass
 class Mutating:
-    """The reference algorithm: A and B are overwritten at every hit, and each layer counts for itself."""
+    """The reference algorithm: A and B are overwritten at every hit, and each layer counts for itself.
 
-    a: Array
-    b_matrix: Array
+    Each layer has its pair; where a hit changes all layers, every layer has the one and the same.
+    """
+
+    a: list[Array]
+    b_matrix: list[Array]
     a_target: Array
     b_target: Array
     alpha: float
-    tau: float
     count_k: int
-    layers: int
+    tau: float = 0.0
+    dynamic_alpha: bool = False
+    tau_quantile: float | None = None
+    reinit_interval: int = 1
 
     def __post_init__(self) -> None:
-        self.counts = np.zeros((self.layers, self.a.shape[0]), dtype=int)
+        self.counts = np.zeros((len(self.a), self.a[0].shape[0]), dtype=int)
+        self.steps = 0
 
     def step(self, d: Array) -> int:
         """One optimizer step's d of all layers, ``(layers, r)``; returns the hits."""
+        self.steps += 1
         hits = 0
-        for layer in range(self.layers):
-            for i in range(self.a.shape[0]):
-                if abs(d[layer, i]) < self.tau:
-                    self.counts[layer, i] += 1
-                    if self.counts[layer, i] % self.count_k == 0:
-                        self.a[i, :] = self.alpha * self.a[i, :] + (1 - self.alpha) * self.a_target[i, :]
-                        self.b_matrix[:, i] = self.alpha * self.b_matrix[:, i] + (1 - self.alpha) * self.b_target[:, i]
-                        hits += 1
+        for layer, i in self._small(d):
+            self.counts[layer, i] += 1
+            if self.counts[layer, i] % self.count_k == 0:
+                self._hit(layer, i)
+                hits += 1
         return hits
+
+    def _small(self, d: Array) -> list[tuple[int, int]]:
+        every = [(layer, i) for layer in range(d.shape[0]) for i in range(d.shape[1])]
+        if self.tau_quantile is None:
+            return [at for at in every if abs(d[at]) < self.tau]
+        if self.steps % self.reinit_interval != 0:
+            return []
+        number = max(1, math.floor(self.tau_quantile * len(every)))
+        return sorted(every, key=lambda at: abs(d[at]))[:number]
+
+    def _hit(self, layer: int, i: int) -> None:
+        alpha = max(0.5, self.alpha - 0.05 * self.counts[layer, i]) if self.dynamic_alpha else self.alpha
+        a, b_matrix = self.a[layer], self.b_matrix[layer]
+        a[i, :] = alpha * a[i, :] + (1 - alpha) * self.a_target[i, :]
+        b_matrix[:, i] = alpha * b_matrix[:, i] + (1 - alpha) * self.b_target[:, i]

@@ -11,6 +11,7 @@ import pytest
 from tests.uora.toys import llama
 from uora.artifact import loads
 from uora.convert import pairs, scale
+from uora.frames import philox_uniforms
 from uora.svd import BaseWeights
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,9 +33,9 @@ def probes(path: Path) -> dict[str, list[float]]:
 def fixture_weights() -> BaseWeights:
     """A base model whose weights depend on no library's generator."""
     model = llama()
-    for index, weight in enumerate(model.state_dict().values()):
-        ramp = np.sin(np.arange(weight.numel(), dtype=np.float64) * (index + 1)).astype(np.float32)
-        weight.copy_(weight.new_tensor(ramp).view(weight.shape))
+    for name, weight in model.state_dict().items():
+        numbers = philox_uniforms(f"fixture|{name}", weight.numel()).astype(np.float32) - 0.5
+        weight.copy_(weight.new_tensor(numbers).view(weight.shape))
     return BaseWeights.of_model(model)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.uora.toys import ALL_TOYS, VOCABULARY, llama, output
+from tests.uora.toys import ALL_TOYS, VOCABULARY, llama
 from uora import targets
 from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, UnsupportedLayerError
 from uora.osora import OsoraConfig
@@ -27,8 +27,8 @@ from uora.tuner._peft import register
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: What rounding leaves of a difference in the outputs.
-CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.1, "rtol": 0.05}}
+#: Error that rounding may leave, as a share of what the adapter changes.
+ROUNDING = {torch.float32: 5e-5, torch.bfloat16: 0.2}
 each_toy = pytest.mark.parametrize("toy", list(ALL_TOYS))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 Array = NDArray[np.float64]
@@ -46,6 +46,21 @@ def oracle_weight(w0: Array, o: Array, s: Array) -> Array:
         adapted -= s0[i] * np.outer(u[:, i], v[i])
         adapted += s[i] * np.diag(o) @ np.outer(u[:, i], v[i])
     return adapted
+
+
+@torch.no_grad()
+def output(model: nn.Module, x: Tensor, **kwargs: object) -> Tensor:
+    """The model's main output."""
+    found = model(x, **kwargs)
+    if isinstance(found, Tensor):
+        return found
+    return found.logits if hasattr(found, "logits") else found[0]  # type: ignore[no-any-return]
+
+
+def error(found: Tensor, expected: Tensor, untouched: Tensor) -> float:
+    """Of an adapted model's output, as a share of what the adapter changes."""
+    change = (expected.double() - untouched.double()).norm()
+    return float((found.double() - expected.double()).norm() / change)
 
 
 def build(toy: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,7 +83,7 @@ def randomise(model: nn.Module, adapter_name: str = "default", seed: int = 1) ->
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "osora_" in name and name.endswith(f".{adapter_name}"):
-            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
 
 
 def adapted(toy: str = "llama", dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
@@ -128,18 +143,19 @@ def test_starts_as_the_base_model_exactly(toy: str, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("r", [4, 40])  # 40 exceeds some of the sides
 def test_forward_is_the_oracle_is_merge(toy: str, dtype: torch.dtype, r: int) -> None:
-    x, close = inputs(toy, dtype), CLOSE[dtype]
+    x = inputs(toy, dtype)
     model = adapted(toy, dtype, r=r)
     expected, untouched = output(model, x), output(build(toy, dtype), x)
-    assert (untouched - expected).abs().max() > 3 * close["atol"]  # the adapter does something
-    torch.testing.assert_close(output(with_oracle_weights(toy, dtype, model), x), expected, **close)
+    found = {"oracle": output(with_oracle_weights(toy, dtype, model), x)}
     with model.disable_adapter():
         assert torch.equal(output(model, x), untouched)
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(output(model, x), expected, **close)
+    found["merged"] = output(model, x)
     model.unmerge_adapter()
-    torch.testing.assert_close(output(model, x), expected, **close)
-    torch.testing.assert_close(output(model.merge_and_unload(), x), expected, **close)
+    found["unmerged"] = output(model, x)
+    found["unloaded"] = output(model.merge_and_unload(), x)
+    errors = {what: error(out, expected, untouched) for what, out in found.items()}
+    assert max(errors.values()) < ROUNDING[dtype], errors
 
 
 @each_toy
@@ -177,7 +193,7 @@ def test_mixed_batch_is_row_by_row(toy: str, dtype: torch.dtype) -> None:
     x = inputs(toy, dtype)
     model = adapted(toy, dtype)
     model.add_adapter("two", config(toy, r=5))
-    model.add_adapter("three", config(toy))
+    model.add_adapter("three", config(toy, target_modules=list(model.base_model.adapter_layers("default"))[:1]))
     for seed, name in enumerate(("two", "three")):
         randomise(model, name, seed + 5)
     model.eval()
@@ -185,13 +201,14 @@ def test_mixed_batch_is_row_by_row(toy: str, dtype: torch.dtype) -> None:
     names = ["two", "default", "__base__", "three", "two"]
     mixed = output(model, x[rows], adapter_names=names)
     for row, (index, name) in enumerate(zip(rows, names, strict=True)):
+        one = x[index : index + 1]
+        with model.disable_adapter():
+            untouched = output(model, one)
         if name == "__base__":
-            with model.disable_adapter():
-                alone = output(model, x[index : index + 1])
+            torch.testing.assert_close(mixed[row : row + 1], untouched)
         else:
             model.set_adapter(name)
-            alone = output(model, x[index : index + 1])
-        torch.testing.assert_close(mixed[row : row + 1], alone, **CLOSE[dtype])
+            assert error(mixed[row : row + 1], output(model, one), untouched) < ROUNDING[dtype]
 
 
 def test_generate_with_rows_of_different_adapters() -> None:
@@ -327,13 +344,12 @@ def test_an_adapter_of_another_base_is_not_loaded(tmp_path: Path) -> None:
         PeftModel.from_pretrained(llama(seed=1), tmp_path)
 
 
-def test_no_adapter_is_added_while_one_is_merged() -> None:
+def test_an_adapter_added_while_another_is_merged_has_the_factors_of_the_base() -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge first"):
-        model.add_adapter("two", config(r=4))
-    model.unmerge_adapter()
-    model.add_adapter("two", config(r=4))
+    model.add_adapter("two", config(r=4))  # PEFT unmerges first
+    for layer in model.base_model.adapter_layers("two").values():
+        torch.testing.assert_close(layer.factors["two"].s, layer.factors["default"].s[:4])
 
 
 def test_a_missing_vector_is_an_error(tmp_path: Path) -> None:
@@ -402,4 +418,4 @@ def test_quantised_base(bits: int, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert torch.equal(output(PeftModel.from_pretrained(quantised(), tmp_path).eval(), x), after)
     model.merge_adapter()
-    torch.testing.assert_close(output(model, x), after, atol=0.1, rtol=0.1)  # quantised anew
+    assert error(output(model, x), after, before) < 0.5  # quantised anew

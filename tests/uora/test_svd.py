@@ -360,12 +360,13 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, o, s: osora_update(x, factors, o, s), (x, o, s))
 
 
-def test_factors_made_while_serving_can_be_trained_on() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_made_while_serving_can_be_trained_on(dtype: torch.dtype) -> None:
     weights = base(matrix(5, 4))
     o, s = vectors(5, 3)
-    x = torch.randn(2, 4)
+    x = torch.randn(2, 4).to(dtype)
     with torch.inference_mode():
         osora_update(x, weights.factors("0", 3), o, s)
-    o.requires_grad_()
-    osora_update(x, weights.factors("0", 3), o, s).sum().backward()
-    assert o.grad is not None
+    x.requires_grad_()
+    osora_update(x, weights.factors("0", 3), o.requires_grad_(), s.requires_grad_()).sum().backward()
+    assert all(tensor.grad is not None for tensor in (x, o, s))

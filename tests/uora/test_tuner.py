@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from tests.uora.toys import PROVENANCE, TOYS, VOCABULARY, adapted, llama, output, randomise
+from tests.uora.toys import TOYS, VOCABULARY, adapted, llama, load, mlp, output, randomise, store
 from uora.artifact import loads
 from uora.convert import write_lora
-from uora.errors import AdapterNotFoundError, FingerprintError, ShapeError, SpecError
-from uora.tuner import UoraConfig, export_artifact, load_artifact, reinitialise
+from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, SpecError, UnsupportedLayerError
+from uora.spec import UoraSpec
+from uora.tuner import UoraConfig, reinitialise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
 each_toy = pytest.mark.parametrize("toy", list(TOYS))
+MLP_TARGETS: dict[str, Any] = {"target_modules": ["0", "2"]}
+#: Every rule whose hits mean something else.
+RULES: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "dynamic": {"dynamic_alpha": True, "alpha": 0.9},
+    "layer": {"reinit_scope": "layer"},
+    "layer-dynamic": {"reinit_scope": "layer", "dynamic_alpha": True, "alpha": 0.9},
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
-def hit(model: PeftModel) -> None:
+def hit(model: PeftModel, adapter_name: str = "default") -> None:
     """Hits of several depths on one adapter, as training would leave them."""
-    hits = model.base_model.uora_hits["default"]
-    hits.copy_(torch.arange(len(hits)) % 3)
+    hits = model.base_model.uora_hits[adapter_name]
+    hits.copy_(torch.arange(hits.numel()).reshape(hits.shape) % 3)
+
+
+def _run(model: nn.Module, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    """A plain module's output."""
+    with torch.no_grad():
+        found: torch.Tensor = model(x, **kwargs)
+    return found
 
 
 @each_toy
@@ -36,30 +57,31 @@ def test_starts_as_the_base_model(toy: str) -> None:
 
 
 @each_toy
-@pytest.mark.parametrize("hits", [False, True])
+@pytest.mark.parametrize("rule", [None, *RULES.values()], ids=["no hits", *RULES])
 @pytest.mark.parametrize("r", [8, 40])  # 40 exceeds some of the sides
-def test_forward_is_merge_is_lora_in_stock_peft(toy: str, hits: bool, r: int, tmp_path: Path) -> None:
-    model = adapted(toy, r=r)
-    if hits:
+def test_forward_is_merge_is_lora_in_stock_peft(toy: str, rule: dict[str, Any] | None, r: int, tmp_path: Path) -> None:
+    model = adapted(toy, r=r, **(rule or {}))
+    if rule is not None:
         hit(model)
     expected = output(model, IDS)
     with model.disable_adapter():
         assert (output(model, IDS) - expected).abs().max() > 1e-3  # the adapter does something
-    write_lora(loads(export_artifact(model, provenance=PROVENANCE)), tmp_path)
+    write_lora(loads(store(model)), tmp_path)
     lora = PeftModel.from_pretrained(TOYS[toy][0](), tmp_path).eval()
     torch.testing.assert_close(output(lora, IDS), expected, atol=1e-5, rtol=1e-5)
     model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(output(model, IDS), expected, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
-    torch.testing.assert_close(output(model, IDS), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(output(model, IDS), expected)
     unloaded = model.merge_and_unload()
     torch.testing.assert_close(output(unloaded, IDS), expected, atol=1e-5, rtol=1e-5)
 
 
 @each_toy
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_save_pretrained_round_trip_is_exact(toy: str, low_memory: bool, tmp_path: Path) -> None:
-    model = adapted(toy)
+@each_rule
+def test_save_pretrained_round_trip_is_exact(toy: str, low_memory: bool, rule: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(toy, **rule)
     hit(model)
     model.save_pretrained(tmp_path)
     stored = (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -70,27 +92,27 @@ def test_save_pretrained_round_trip_is_exact(toy: str, low_memory: bool, tmp_pat
 
 
 @each_toy
-def test_artifact_round_trip_is_exact(toy: str) -> None:
-    model = adapted(toy)
+@each_rule
+def test_artifact_round_trip_is_exact(toy: str, rule: dict[str, Any]) -> None:
+    model = adapted(toy, **rule)
     hit(model)
-    stored = export_artifact(model, provenance=PROVENANCE)
-    loaded = load_artifact(TOYS[toy][0](), loads(stored)).eval()
+    loaded = load(loads(store(model)), TOYS[toy][0])
     assert torch.equal(output(loaded, IDS), output(model, IDS))
-    again = load_artifact(TOYS[toy][0](), loads(stored))
-    assert loads(export_artifact(again, provenance=PROVENANCE)).manifest.modules == loads(stored).manifest.modules
 
 
 @each_toy
 def test_mixed_batch_is_row_by_row(toy: str) -> None:
     model = adapted(toy)
     hit(model)
-    model.add_adapter("two", UoraConfig(r=5, target_modules=TOYS[toy][1], frame_seed=9))
-    model.add_adapter("three", UoraConfig(r=8, target_modules=TOYS[toy][1]))
-    for seed, name in enumerate(("two", "three")):
-        randomise(model, name, seed + 5)
+    others = {"five": {"r": 5, "frame_seed": 9}, "kaiming": {"init": "kaiming", "r": 4}, **RULES}
+    for seed, (name, config) in enumerate(others.items(), 5):
+        model.add_adapter(name, UoraConfig(**{"r": 8, "target_modules": TOYS[toy][1]} | config))
+        randomise(model, name, seed, scale=0.1)
+        if name in RULES and name != "shared":
+            hit(model, name)
     model.eval()
-    rows = [0, 1, 2, 0, 1]
-    names = ["two", "default", "__base__", "three", "two"]
+    names = ["five", "default", "__base__", *RULES, "five", "kaiming"]
+    rows = [i % 3 for i in range(len(names))]
     mixed = output(model, IDS[rows], adapter_names=names)
     for row, (index, name) in enumerate(zip(rows, names, strict=True)):
         if name == "__base__":
@@ -100,6 +122,25 @@ def test_mixed_batch_is_row_by_row(toy: str) -> None:
             model.set_adapter(name)
             alone = output(model, IDS[index : index + 1])
         torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_modules_answer_row_by_row() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Sequential(nn.Linear(20, 5), nn.Tanh())).eval()
+    model = get_peft_model(base, UoraConfig(r=4, target_modules="0", modules_to_save=["2"]))
+    model.add_adapter("two", UoraConfig(r=4, target_modules="0", modules_to_save=["2"]))
+    model.add_adapter("bare", UoraConfig(r=4, target_modules="0"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(4, 6)
+    for active in ("two", "bare"):  # "bare" has no module of its own
+        model.set_adapter(active)
+        mixed = _run(model.eval(), x, adapter_names=["default", "__base__", "two", "bare"])
+        for row, name in enumerate(["default", None, "two", "bare"]):
+            with model.disable_adapter() if name is None else nullcontext():
+                model.set_adapter(name or "default")
+                torch.testing.assert_close(mixed[row : row + 1], _run(model, x[row : row + 1]))
 
 
 def test_generate_with_rows_of_different_adapters() -> None:
@@ -184,17 +225,61 @@ def test_vectors_stay_float32_on_a_bfloat16_base() -> None:
     assert output(model, IDS).dtype is torch.bfloat16
 
 
-def test_reinitialise_hits_small_d_and_changes_the_frames() -> None:
-    model = adapted(tau=0.05)
+@each_rule
+def test_reinitialise_hits_small_d_and_changes_the_frames(rule: dict[str, Any]) -> None:
+    model = adapted(tau=0.05, **rule)
     layers = model.base_model.adapter_layers("default")
     below = sum(int((layer.uora_lambda_d["default"].abs() < 0.05).sum()) for layer in layers.values())
     before = output(model, IDS)
     d = [layer.uora_lambda_d["default"].clone() for layer in layers.values()]
     assert below > 0
-    assert reinitialise(model) == below
+    assert reinitialise(model, step=1) == below
     assert int(model.base_model.uora_hits["default"].sum()) == below
     assert not torch.equal(output(model, IDS), before)
     assert all(torch.equal(layer.uora_lambda_d["default"], old) for layer, old in zip(layers.values(), d, strict=True))
+
+
+def test_quantile_hits_at_its_interval() -> None:
+    model = adapted(tau_quantile=0.25, reinit_interval=3)
+    layers = len(model.base_model.adapter_layers("default"))
+    assert [reinitialise(model, step=step) for step in range(1, 7)] == [0, 0, 2 * layers, 0, 0, 2 * layers]
+
+
+def test_a_hit_of_one_layer_leaves_the_others() -> None:
+    model = adapted("llama-qv", reinit_scope="layer", tau=0.05)
+    layers = list(model.base_model.adapter_layers("default").values())
+    like = torch.empty(0)
+    start = layers[0].frames["default"].get("A", 32, like=like)
+    assert all(layer.frames["default"].get("A", 32, like=like) is start for layer in layers)  # no copy per layer
+    with torch.no_grad():
+        for layer in layers:
+            layer.uora_lambda_d["default"].fill_(1.0)
+        layers[2].uora_lambda_d["default"][5] = 0.0
+    assert reinitialise(model, step=1) == 1
+    for position, layer in enumerate(layers):
+        found = layer.frames["default"].get("A", 32, like=like)
+        assert (found is start) == (position != 2)
+    changed = (layers[2].frames["default"].get("A", 32, like=like) != start).any(dim=1)
+    assert changed.tolist() == [index == 5 for index in range(8)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(rule=st.sampled_from(list(RULES.values())), seed=st.integers(0, 1000), steps=st.integers(1, 5))
+def test_reinitialisation_is_a_pure_function_of_hits_and_seed(rule: dict[str, Any], seed: int, steps: int) -> None:
+    def build() -> PeftModel:
+        model = get_peft_model(mlp(), UoraConfig(**{"r": 7, "tau": 0.2, "frame_seed": seed} | rule | MLP_TARGETS))
+        randomise(model)
+        return model.eval()
+
+    x, lived, model = torch.randn(3, 6), build(), build()
+    for step in range(1, steps + 1):
+        torch.manual_seed(step)
+        randomise(lived, seed=seed + step)
+        reinitialise(lived, step=step)
+        _run(lived, x)  # what is derived from the hits on the way must leave no trace
+    randomise(lived)
+    model.base_model.uora_hits["default"].copy_(lived.base_model.uora_hits["default"])
+    assert torch.equal(_run(model, x), _run(lived, x))
 
 
 def test_a_hit_of_one_adapter_leaves_the_others() -> None:
@@ -209,13 +294,28 @@ def test_a_hit_of_one_adapter_leaves_the_others() -> None:
 
 def test_wrong_frames_are_refused_and_nothing_stays() -> None:
     model = adapted()
-    stored = loads(export_artifact(model, provenance=PROVENANCE))
+    expected = output(model, IDS)
     foreign = adapted(frame_seed=1).peft_config["default"].frame_fingerprint
     config = UoraConfig(r=8, target_modules="all-linear", frame_fingerprint=foreign)
     with pytest.raises(FingerprintError, match="expected"):
         model.add_adapter("foreign", config)
     assert not [key for key in model.state_dict() if key.endswith(".foreign")]
-    assert torch.equal(output(model.eval(), IDS), output(load_artifact(llama(), stored).eval(), IDS))
+    assert torch.equal(output(model.eval(), IDS), expected)
+
+
+def test_an_unsupported_layer_leaves_nothing() -> None:
+    base, mixed = llama(), UoraConfig(r=8, target_modules=["q_proj", "rotary_emb"])
+    modules = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(UnsupportedLayerError, match=r"rotary_emb is a LlamaRotaryEmbedding, expected nn\.Linear"):
+        get_peft_model(base, mixed)
+    assert {name: type(module) for name, module in base.named_modules()} == modules
+    model = adapted()
+    expected = output(model, IDS)
+    with pytest.raises(UnsupportedLayerError):
+        model.add_adapter("two", mixed)
+    assert not [key for key in model.state_dict() if key.endswith(".two")]
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(output(model.eval(), IDS), expected)
 
 
 def test_a_missing_vector_is_an_error(tmp_path: Path) -> None:
@@ -230,13 +330,27 @@ def test_a_missing_vector_is_an_error(tmp_path: Path) -> None:
         PeftModel.from_pretrained(llama(), tmp_path)
 
 
-def test_unsupported_module_and_bad_values() -> None:
-    with pytest.raises(SpecError, match="Embedding"):
-        get_peft_model(llama(), UoraConfig(target_modules=["embed_tokens"]))
-    with pytest.raises(SpecError, match="at least 1"):
+def test_bad_values() -> None:
+    with pytest.raises(RankError, match="greater than or equal to 1"):
         UoraConfig(r=0)
-    with pytest.raises(SpecError, match="0 to 1"):
+    with pytest.raises(SpecError, match=r"alpha: found 1\.5"):
         UoraConfig(alpha=1.5)
+    with pytest.raises(SpecError, match="give both or neither"):
+        UoraConfig(tau_quantile=0.1)
+    with pytest.raises(SpecError, match="needs layers_to_transform"):
+        UoraConfig(layers_pattern="layers")
+
+
+def test_configuration_holds_every_setting() -> None:
+    spec = UoraSpec(
+        r=3, alpha=0.75, tau=1e-3, count_k=2, d_initial=0.2, dropout=0.1, frame_seed=4, targets=("q_proj",),
+        init="xavier", reinit_scope="layer", dynamic_alpha=True, tau_quantile=0.1, reinit_interval=5,
+    )  # fmt: skip
+    assert all(
+        getattr(spec, name) != field.default for name, field in UoraSpec.model_fields.items() if name != "method"
+    )
+    config = UoraConfig.of(spec, target_modules=["q_proj"], frame_cache_dir=None)
+    assert config.spec(targets=("q_proj",)) == spec
 
 
 class _Linears(nn.Module):

@@ -44,18 +44,24 @@ def open_image(content: bytes) -> Image.Image:
     Raises:
         DataError: the bytes are no image of a known format, or too large a one (code ``invalid_image``).
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"the image has {width} x {height} pixels; at most {MAX_PIXELS:,} are taken. Scale it down.",
-                    code="invalid_image",
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+        return _decode(content)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
         raise DataError(
             f"the image cannot be read: {error}. Expected a whole file of {', '.join(_FORMATS)}.", code="invalid_image"
         ) from error
+
+
+def _decode(content: bytes) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"the image has {width} x {height} pixels; at most {MAX_PIXELS:,} are taken. Scale it down.",
+                code="invalid_image",
+            )
+        return ImageOps.exif_transpose(image).convert("RGB")

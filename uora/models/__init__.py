@@ -11,7 +11,15 @@ from uora.models.loading import (
     load_tokenizer,
     pick_dtype,
 )
-from uora.models.sources import KNOWN_MODELS, HubSource, LocalModel, WheelSource, fetch, weights_digest
+from uora.models.sources import (
+    KNOWN_MODELS,
+    HubSource,
+    LocalModel,
+    WheelDirectorySource,
+    WheelSource,
+    fetch,
+    weights_digest,
+)
 
 __all__ = [
     "KNOWN_MODELS",
@@ -22,6 +30,7 @@ __all__ = [
     "LocalModel",
     "ModelInputs",
     "TextInputs",
+    "WheelDirectorySource",
     "WheelSource",
     "context_tokens",
     "fetch",

@@ -23,6 +23,7 @@ from uora.errors import BaseModelError
 from uora.models.inputs import ImageInputs, TextInputs
 from uora.models.logs import last_line, quiet
 from uora.models.sources import LocalModel
+from uora.quantised import keep_weight_layout
 from uora.spec import Task
 
 _MODEL_CLASSES: dict[Task, Any] = {
@@ -76,6 +77,7 @@ def load_model(
     except _UNUSABLE as error:
         raise BaseModelError(f"The base model {local.name!r} cannot be loaded: {last_line(error)}") from error
     model = cast(PreTrainedModel, model.to(device).requires_grad_(False).eval())
+    keep_weight_layout(model)
     new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if task in ("classification", "regression"):
         model.config.get_text_config().pad_token_id = _pad_token(model.config)

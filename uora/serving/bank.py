@@ -157,13 +157,11 @@ class AdapterBank:
         Args:
             model: the shared base model; its weights are never changed.
             base_digest: its weights' digest; adapters of another base are refused.
-            cache_dir: disk cache of frames and singular vectors.
+            cache_dir: disk cache of frames and singular vectors, where ``weights`` brings none.
             weights: the base model's own weights; None takes them from ``model``, as it is.
             heads: where heads of classifiers go; None where there are none.
         """
         self.base_digest = base_digest
-        #: Digests of the running batch's rows, None for the base model; empty between batches.
-        self.digests: tuple[str | None, ...] = ()
         self.groups: tuple[_Group, ...] = ()
         #: Manifests of the resident adapters by digest.
         self.manifests: dict[str, Manifest] = {}
@@ -224,11 +222,11 @@ class AdapterBank:
         Raises:
             AdapterNotFoundError: a digest is not resident.
         """
-        self.groups, self.digests = self._group(digests), tuple(digests)
+        self.groups = self._group(digests)
         try:
             yield
         finally:  # whatever happens, no later batch may see these rows
-            self.groups, self.digests = (), ()
+            self.groups = ()
 
     def _group(self, digests: Sequence[str | None]) -> tuple[_Group, ...]:
         members: dict[ServingFamily, list[tuple[int, int]]] = {}

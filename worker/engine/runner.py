@@ -15,6 +15,7 @@ from uora.errors import BaseModelError
 from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, check_servable
+from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
 from worker.engine.scheduler import Scheduler
 
@@ -63,7 +64,9 @@ def build_runner(settings: Settings) -> Runner:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(base, dtype=pick_dtype(settings.dtype), device=device)
     check_servable(model)
-    bank = AdapterBank(model, base_digest=base.digest, cache_dir=settings.cache_dir)
+    # The exact weights, whatever the engine's precision: adapters stand on the same singular vectors everywhere.
+    weights = BaseWeights.of_local(base, "chat", settings.cache_dir)
+    bank = AdapterBank(model, base_digest=base.digest, weights=weights)
     batcher = Batcher(model, tokenizer, bank, max_rows=settings.engine_max_rows)
     context = min(settings.engine_max_tokens, getattr(model.config, "max_position_embeddings", 2**31))
     log.info("engine_loaded", base_model=name, dtype=str(model.dtype), device=device, context=context)

@@ -49,7 +49,7 @@ def test_a_photo_taken_sideways_is_turned() -> None:
     [b"", b"not an image", encoded(Image.new("RGB", (40, 40)))[:-30], encoded(Image.new("RGB", (4, 4)), "BMP")],
 )
 def test_what_is_no_whole_image_is_refused(content: bytes) -> None:
-    with pytest.raises(DataError, match="cannot be read: .* whole file of PNG, JPEG, WEBP") as caught:
+    with pytest.raises(DataError, match=r"cannot be read: .* whole file of PNG, JPEG, WEBP") as caught:
         open_image(content)
     assert caught.value.code == "invalid_image"
 

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
+from tests.uora.task_cases import Recorder
 from uora.data import ChatMessage, ChatRow, Dataset, Row
 from uora.models import LocalModel
 from uora.spec import Hyperparameters, TrainingSpec, UoraSpec, parse_adapter
-from uora.training import Evaluation, StepMetrics, TrainingResult, train
-
-
-@dataclass
-class Recorder:
-    """An observer that keeps what it is told, and stops after ``stop_after`` questions."""
-
-    stop_after: int | None = None
-    total_steps: list[int] = field(default_factory=list)
-    steps: list[StepMetrics] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    questions: int = 0
-
-    def on_start(self, total_steps: int) -> None:
-        self.total_steps.append(total_steps)
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics)
-
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        self.evaluations.append(evaluation)
-
-    def should_stop(self) -> bool:
-        self.questions += 1
-        return self.stop_after is not None and self.questions > self.stop_after
+from uora.training import TrainingResult, train
 
 
 def make_dataset(n_rows: int, *, sha256: str = "d" * 64) -> Dataset[Row]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.uora.training.conftest import Recorder, make_spec
+from tests.uora.task_cases import Recorder
+from tests.uora.training.conftest import make_spec
 from uora.artifact import loads
 from uora.data import ChatMessage, ChatRow, Dataset
 from uora.models import LocalModel, pick_dtype

