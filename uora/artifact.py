@@ -2,7 +2,7 @@
 
 Its tensors are those of its method (``uora.layout``) and, for a classifier, its head's, named ``head.<parameter>``.
 What several adapters share (frames, singular vectors) is not among them: it is rebuilt from the manifest.
-``manifest.digest`` covers the manifest and every tensor, so a changed byte anywhere is found before the adapter is used.
+``manifest.digest`` covers the manifest and every tensor, so a changed byte anywhere is found before it is used.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Artifact:
     def parts(self) -> Iterator[tuple[ModuleShape, dict[str, NDArray[np.float32]]]]:
         """Each module with its own numbers, named and shaped as in ``uora.layout``."""
         manifest = self.manifest
-        yield from zip(
-            manifest.modules, layout.unpack(manifest.adapter, manifest.modules, self.tensors), strict=True
-        )
+        yield from zip(manifest.modules, layout.unpack(manifest.adapter, manifest.modules, self.tensors), strict=True)
 
     def weights(self) -> NDArray[np.float32] | None:
         """Share w that the start frames still have, per module, ``(modules, r)``; None if nothing was hit."""
@@ -226,8 +224,8 @@ def stored_bytes(spec: AdapterSpec, modules: Sequence[ModuleShape]) -> int:
     """Size of an adapter's stored form, to a few bytes: the numbers in its manifest have not all the same length."""
     probes = [-1.234567] * PROBES
     names = {key.name for key in layout.frame_keys(spec, modules)}
-    if isinstance(spec, OsoraSpec):
-        names = {module.name for module in modules}
+    if isinstance(spec, OsoraSpec):  # as ``uora.svd`` names them
+        names = {f"svd:{module.name.rpartition('.')[2]}" for module in modules}
     manifest = Manifest(
         base_model="base-model", base_digest="0" * 64, chat_template_sha256="0" * 64, data_sha256="0" * 64,
         adapter=spec, modules=tuple(modules), fingerprint=dict.fromkeys(names, probes),

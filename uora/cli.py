@@ -27,7 +27,9 @@ def main() -> None:
 @app.command()
 def methods(
     model: Annotated[str, typer.Option(help="A known model's name, hub:ORG/NAME or path:/directory.")],
-    targets: Annotated[str, typer.Option(help="all-linear; q,v; or names of modules with commas between.")] = "all-linear",
+    targets: Annotated[
+        str, typer.Option(help="all-linear; q,v; or names of modules with commas between.")
+    ] = "all-linear",
     rank: Annotated[int | None, typer.Option(help="Of every method; each has its own default.")] = None,
 ) -> None:
     """What an adapter of each method trains and stores on a base model."""
@@ -36,7 +38,9 @@ def methods(
         modules = _modules(model, specs[0])
         table = _table(model, specs, modules)
     except UoraError as error:
-        Console(stderr=True).print(f"{type(error).__name__}: {error.message}", style="red", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"{type(error).__name__}: {error.message}", style="red", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(2) from error
     _console.print(table)
 

@@ -92,7 +92,8 @@ def _frame_pairs(artifact: Artifact, seed: int, init: FrameInit, cache_dir: Path
         if weights is None:
             return frame(start, cache_dir)
         weight = weights[index][:, None]
-        return weight * frame(start, cache_dir) + (1 - weight) * frame(target, cache_dir)
+        mixed: Float32 = weight * frame(start, cache_dir) + (1 - weight) * frame(target, cache_dir)
+        return mixed
 
     for index, (module, own) in enumerate(artifact.parts()):
         a = blended("A", module.in_features, index)

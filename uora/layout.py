@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from uora.frames import FrameKey
+from uora.frames import FrameKey, Side
 from uora.reinit import hits_shape
 from uora.spec import AdapterSpec, FrameInit, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 
@@ -95,7 +95,9 @@ def pack(spec: AdapterSpec, modules: Sequence[Mapping[str, Array]]) -> dict[str,
     }
 
 
-def unpack(spec: AdapterSpec, modules: Sequence[ModuleShape], tensors: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+def unpack(
+    spec: AdapterSpec, modules: Sequence[ModuleShape], tensors: Mapping[str, Array]
+) -> Iterator[dict[str, Array]]:
     """Stored tensors to each module's parts, in the order of the modules."""
     parts = _parts(spec)
     ends = {part.name: list(accumulate(prod(part.shape(module)) for module in modules)) for part in parts}
@@ -127,6 +129,7 @@ def _trained(spec: AdapterSpec, module: ModuleShape) -> int:
 
 def frame_keys(spec: AdapterSpec, modules: Sequence[ModuleShape]) -> set[FrameKey]:
     """Every frame that an adapter uses; none for the methods without."""
+    generations: tuple[int, ...]
     match spec:
         case UoraSpec():
             generations, init = (0, 1), spec.init
@@ -134,9 +137,10 @@ def frame_keys(spec: AdapterSpec, modules: Sequence[ModuleShape]) -> set[FrameKe
             generations, init = (0,), VERA_INIT
         case _:
             return set()
+    sides: set[tuple[Side, int]] = {("A", module.in_features) for module in modules}
+    sides |= {("B", module.out_features) for module in modules}
     return {
         FrameKey(spec.frame_seed, side, generation, spec.r, features, init)
-        for module in modules
+        for side, features in sides
         for generation in generations
-        for side, features in (("A", module.in_features), ("B", module.out_features))
     }

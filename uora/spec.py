@@ -47,7 +47,7 @@ class _MethodSpec(_Frozen):
 class UoraSpec(_MethodSpec):
     """UORA (arXiv 2505.20154; defaults of its author's code unless noted): b and d are trained, frames are frozen."""
 
-    #: 1e-2 had not converged after 60 steps of 16 chat rows on SmolLM2-135M-Instruct, all linear layers, where 5e-2 had.
+    #: After 60 steps of 16 chat rows on all linear layers of SmolLM2-135M-Instruct, 1e-2 had not converged, 5e-2 had.
     base_learning_rate: ClassVar[float] = 5e-2
 
     method: Literal["uora"] = "uora"

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from uora import diskcache
 from uora.errors import BaseModelError, TargetError, UnsupportedLayerError
 from uora.frames import philox_uniforms
+from uora.quantised import keep_weight_layout
 from uora.spec import Task
 
 if TYPE_CHECKING:
@@ -338,6 +339,7 @@ def _probe(name: str, factors: Factors) -> Float64:
 def _weight_of(model: nn.Module, name: str) -> tuple[Tensor, bool]:
     """A linear layer's weight, float32 ``(out, in)`` on the CPU, and whether it is exact: float32 in the model too."""
     layer = _plain_layer(model, name)
+    keep_weight_layout(layer)
     backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
     if backend is None and not isinstance(layer, nn.Linear | Conv1D):
         raise UnsupportedLayerError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def find(model: nn.Module, targets: Targets, *, head: Sequence[str] = ()) -> dic
     """
     found = {name: shape for name, shape in linears(model).items() if not _is_named(name, head, inside=True)}
     if not found:
-        kinds = Counter(type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+        kinds = Counter(type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
         raise UnsupportedLayerError(
             f"The base model has no nn.Linear or Conv1D layer to adapt; its layers are {dict(kinds.most_common(8))}. "
             "Choose another base model."
@@ -86,7 +87,7 @@ def _is_named(name: str, ends: Sequence[str], *, inside: bool = False) -> bool:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output: Any = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return base_layer(output) if isinstance(output, nn.Module) else None
 
 

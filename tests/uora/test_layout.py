@@ -16,7 +16,9 @@ modules = st.lists(
     min_size=1,
     max_size=5,
 )
-specs = st.builds(lambda method, r: parse_adapter({"method": method, "r": r}), st.sampled_from(METHODS), st.integers(1, 12))
+specs = st.builds(
+    lambda method, r: parse_adapter({"method": method, "r": r}), st.sampled_from(METHODS), st.integers(1, 12)
+)
 
 
 @given(specs, modules, st.integers(0, 100))

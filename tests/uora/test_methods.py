@@ -204,7 +204,9 @@ def test_second_adapter_switch_and_delete(case: Case) -> None:
     model.set_adapter("default")
     model.delete_adapter("two")
     assert list(model.peft_config) == ["default"]
-    assert not [name for name in model.state_dict() if "two" in name.split(".") and "_A." not in name and "_B." not in name]
+    assert not [
+        name for name in model.state_dict() if "two" in name.split(".") and "_A." not in name and "_B." not in name
+    ]
     assert torch.equal(answer(model, case.x), first)
 
 

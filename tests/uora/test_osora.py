@@ -21,6 +21,7 @@ from tests.uora.toys import ALL_TOYS, VOCABULARY, llama
 from uora import targets
 from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, UnsupportedLayerError
 from uora.osora import OsoraConfig
+from uora.quantised import keep_weight_layout
 from uora.svd import BaseWeights, osora_pair
 from uora.tuner._peft import register
 
@@ -99,7 +100,7 @@ def with_oracle_weights(toy: str, dtype: torch.dtype, model: PeftModel) -> nn.Mo
     for name, layer in model.base_model.adapter_layers("default").items():
         own = plain.get_submodule(name)
         weight = own.weight.double().detach()
-        o, s = (vectors["default"].double().detach().numpy() for vectors in (layer.osora_o, layer.osora_s))
+        o, s = trained(layer)
         turned = isinstance(own, Conv1D)
         found = oracle_weight((weight.T if turned else weight).numpy(), o, s)
         own.weight.data = torch.from_numpy(found.T.copy() if turned else found).to(dtype)
@@ -114,12 +115,16 @@ def test_layer_is_the_papers(out: int, size_in: int, r: int, seed: int) -> None:
     w0, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     model = get_peft_model(nn.Sequential(layer), OsoraConfig(r=r, target_modules=["0"]))
     randomise(model, seed=seed)
-    o, s = (
-        vectors["default"].detach().double().numpy() for vectors in (layer_of(model).osora_o, layer_of(model).osora_s)
-    )
+    o, s = trained(layer_of(model))
     x = torch.randn(3, size_in)
     expected = x.double().numpy() @ oracle_weight(w0, o, s).T + bias
     np.testing.assert_allclose(output(model, x), expected, atol=1e-5)
+
+
+def trained(layer: nn.Module) -> tuple[Array, Array]:
+    """o and s of the default adapter."""
+    o, s = (vectors["default"].detach().double().numpy() for vectors in (layer.osora_o, layer.osora_s))
+    return o, s
 
 
 def layer_of(model: PeftModel) -> nn.Module:
@@ -263,6 +268,13 @@ def test_second_adapter_delete_and_deepcopy() -> None:
     assert all(list(layer.factors) == ["default"] for layer in model.base_model.adapter_layers("default").values())
 
 
+def test_every_adapter_finds_all_linear_layers() -> None:
+    model = get_peft_model(llama(), OsoraConfig(r=4, target_modules="all-linear"))
+    model.add_adapter("two", OsoraConfig(r=4, target_modules="all-linear"))
+    first, second = (model.base_model.adapter_layers(name) for name in ("default", "two"))
+    assert list(second) == list(first) == list(targets.find(llama(), "all-linear"))
+
+
 def test_adapters_of_one_rank_share_their_factors() -> None:
     model = adapted()
     model.add_adapter("two", config())
@@ -369,6 +381,20 @@ def test_unsupported_module_and_bad_values() -> None:
         OsoraConfig(r=0)
 
 
+@each_dtype
+def test_unmerge_is_exact_and_a_tied_weight_is_left_alone(dtype: torch.dtype) -> None:
+    tied = llama().to(dtype)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    embeddings = tied.lm_head.weight.detach().clone()
+    model = get_peft_model(tied, OsoraConfig(r=8, target_modules=["lm_head", "q_proj"]))
+    randomise(model)
+    expected = output(model.eval(), IDS)
+    model.merge_adapter()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    model.unmerge_adapter()
+    assert torch.equal(output(model, IDS), expected)
+
+
 def test_safe_merge_refuses_a_broken_adapter() -> None:
     model = adapted()
     layer_of(model).osora_o["default"].data[0] = torch.nan
@@ -388,34 +414,34 @@ def test_registering_twice_is_harmless() -> None:
     assert register("osora", config_cls=OsoraConfig, model_cls=type(model.base_model)).value == "OSORA"
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base(bits: int, tmp_path: Path) -> None:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    torch.manual_seed(0)
-
-    def quantised() -> nn.Module:
-        torch.manual_seed(0)
-        plain = nn.Linear(64, 96)
-        if bits == 4:
-            layer = bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32)
-        else:
-            layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
-        layer.load_state_dict(plain.state_dict())
-        return nn.Sequential(layer.to("cpu")).eval()
-
-    x = torch.randn(3, 64)
-    before = output(quantised(), x)
-    model = get_peft_model(quantised(), OsoraConfig(r=8, target_modules=["0"])).eval()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    before = output(quantised(bits), x)
+    model = get_peft_model(quantised(bits), OsoraConfig(r=8, target_modules=["0"])).eval()
     assert torch.equal(output(model, x), before)
     randomise(model)
     after = output(model, x)
-    w0 = BaseWeights.of_model(quantised()).weight("0").double().numpy()
-    o, s = (
-        vectors["default"].detach().double().numpy() for vectors in (layer_of(model).osora_o, layer_of(model).osora_s)
-    )
+    w0 = BaseWeights.of_model(quantised(bits)).weight("0").double().numpy()
+    o, s = trained(layer_of(model))
     change = x.double().numpy() @ (oracle_weight(w0, o, s) - w0).T
     np.testing.assert_allclose(after - before, change, atol=1e-4)
     model.save_pretrained(tmp_path)
-    assert torch.equal(output(PeftModel.from_pretrained(quantised(), tmp_path).eval(), x), after)
+    assert torch.equal(output(PeftModel.from_pretrained(quantised(bits), tmp_path).eval(), x), after)
     model.merge_adapter()
     assert error(output(model, x), after, before) < 0.5  # quantised anew
+    model.unmerge_adapter()
+    assert torch.equal(output(model, x), after)
+
+
+def quantised(bits: int) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; it quantises base models")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 96)
+    layer = bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32) if bits == 4 else None
+    layer = layer or bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    model = nn.Sequential(layer.to("cpu")).eval()
+    keep_weight_layout(model)  # as `uora.models.load_model` does
+    return model

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from uora import svd
 from uora.errors import BaseModelError, FingerprintError, TargetError, UnsupportedLayerError
 from uora.frames import check_fingerprint, philox_uniforms
+from uora.models import LocalModel
+from uora.spec import Task
 from uora.svd import BaseWeights, Factors, osora_pair, osora_update
 
 Array = NDArray[np.float64]
@@ -121,7 +125,9 @@ def test_same_from_another_process_and_thread_count(threads: str, tmp_path: Path
     weight = matrix(300, 200)
     np.save(tmp_path / "weight.npy", weight.astype(np.float32))
     code = (
-        "import sys, numpy as np, torch; from torch import nn; from uora.svd import BaseWeights;"
+        "import sys, numpy as np, torch; from torch import nn; from uora.models import LocalModel
+from uora.spec import Task
+from uora.svd import BaseWeights;"
         "layer = nn.Linear(200, 300, bias=False); layer.weight.data = torch.from_numpy(np.load(sys.argv[1]));"
         "found = BaseWeights.of_model(nn.Sequential(layer)).factors('0', 32);"
         "np.savez(sys.argv[2], u=found.u, s=found.s, v=found.v)"
@@ -300,6 +306,19 @@ def test_a_source_is_opened_once_for_many_and_freed() -> None:
     assert [name for name, _ in weights.weights(["0", "2"])] == ["0", "2"]
     gc.collect()
     assert [model() for model in opened] == [None, None]
+
+
+@pytest.mark.parametrize("task", ["chat", "classification"])
+def test_a_local_model_is_read_exactly_and_only_once(task: Task, tiny_base: LocalModel, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    weights = BaseWeights.of_local(tiny_base, task, tmp_path)
+    with safe_open(tiny_base.directory / "model.safetensors", framework="pt") as stored:
+        assert torch.equal(weights.weight(name), stored.get_tensor(f"{name}.weight").float())
+    fresh = weights.factors(name, 4)
+    gone = replace(tiny_base, directory=tmp_path / "gone")
+    assert_same(BaseWeights.of_local(gone, task, tmp_path).factors(name, 4), fresh)
+    with pytest.raises(BaseModelError, match="cannot be loaded"):
+        BaseWeights.of_local(gone, task, tmp_path).factors("model.layers.1.mlp.down_proj", 4)
 
 
 def test_a_copied_model_reads_its_own_weights() -> None:

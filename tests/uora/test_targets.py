@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from tests.uora.toys import bert, gpt2, llama, mlp, vit
-from uora import targets
 from uora.errors import RankError, TargetError, UnsupportedLayerError
-from uora.methods import attach, check_memory
+from uora.memory import check_memory
+from uora.methods import attach
 from uora.serving.bank import AdapterBank
 from uora.spec import METHODS, parse_adapter
 from uora.svd import BaseWeights
@@ -56,17 +56,17 @@ def test_names_are_whole_parts() -> None:
 
 
 def test_targets_that_name_nothing_are_told_what_there_is() -> None:
-    with pytest.raises(TargetError, match="'query' names no module.*there are down_proj, gate_proj") as caught:
+    with pytest.raises(TargetError, match=r"'query' names no module.*there are down_proj, gate_proj") as caught:
         find(llama(), ("q_proj", "query"))
     assert caught.value.param == "targets"
-    with pytest.raises(TargetError, match="'q,v' are not known.*there are 0, 2"):
+    with pytest.raises(TargetError, match=r"'q,v' are not known.*there are 0, 2"):
         find(mlp(), "q,v")
 
 
 def test_layers_of_another_kind() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"embed_tokens, a Embedding; expected an nn.Linear"):
         find(llama(), ("embed_tokens",))
-    with pytest.raises(UnsupportedLayerError, match="no nn.Linear or Conv1D.*Conv2d"):
+    with pytest.raises(UnsupportedLayerError, match=r"no nn.Linear or Conv1D.*Conv2d"):
         find(nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)), "all-linear")
 
 
@@ -86,7 +86,7 @@ def test_a_rank_beyond_memory_is_refused(method: str, monkeypatch: pytest.Monkey
     modules = list(find(llama(), "all-linear").values())
     spec = parse_adapter({"method": method, "r": 64})
     check_memory(spec, modules, device=torch.device("cpu"))
-    monkeypatch.setattr("uora.methods.available_bytes", lambda device: 2000)
+    monkeypatch.setattr("uora.memory.available_bytes", lambda _device: 2000)
     with pytest.raises(RankError, match=r"Rank 64 .* GiB free. Take a rank of \d+ at most") as caught:
         check_memory(spec, modules, device=torch.device("cpu"))
     assert caught.value.param == "r"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from tests.uora.toys import TOYS, VOCABULARY, adapted, llama, load, mlp, output, randomise, store
+from tests.uora.toys import TOYS, VOCABULARY, adapted, gpt2, llama, load, mlp, output, randomise, store
 from uora.artifact import loads
 from uora.convert import write_lora
 from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, SpecError, UnsupportedLayerError
-from uora.spec import UoraSpec
+from uora.spec import FrameInit, UoraSpec
 from uora.tuner import UoraConfig, reinitialise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -222,6 +222,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_vectors_stay_float32_on_a_bfloat16_base() -> None:
     model = get_peft_model(llama().to(torch.bfloat16), UoraConfig(r=4, target_modules="all-linear"))
     assert {p.dtype for n, p in model.named_parameters() if "uora_lambda" in n} == {torch.float32}
+    d = next(p for n, p in model.named_parameters() if "uora_lambda_d" in n)
+    assert torch.equal(d, torch.full_like(d, 0.1))  # not rounded on the way
     assert output(model, IDS).dtype is torch.bfloat16
 
 
@@ -263,6 +265,52 @@ def test_a_hit_of_one_layer_leaves_the_others() -> None:
     assert changed.tolist() == [index == 5 for index in range(8)]
 
 
+@st.composite
+def adapted_mlps(draw: st.DrawFn) -> PeftModel:
+    """A plain module of 6, 20 and 5 features with two adapters of any kind, which have hits."""
+    model: Any = mlp().to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    for name in ("default", "two"):
+        config = UoraConfig(
+            r=draw(st.integers(1, 24)), frame_seed=draw(st.integers(0, 2)), init=draw(st.sampled_from(get_args(FrameInit))),
+            **draw(st.sampled_from(list(RULES.values()))), **MLP_TARGETS,
+        )  # fmt: skip
+        if name == "default":
+            model = get_peft_model(model, config)
+        else:
+            model.add_adapter(name, config)
+        randomise(model, name, seed=draw(st.integers(0, 9)), scale=0.1)
+        if draw(st.booleans()):
+            hit(model, name)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@settings(deadline=None, max_examples=40)
+@given(model=adapted_mlps(), safe=st.booleans())
+def test_merging_and_unmerging_is_the_identity(model: PeftModel, safe: bool) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(4, 6, dtype=model.get_base_model()[0].weight.dtype)
+    expected = _run(model, x)
+    model.merge_adapter(["default"], safe_merge=safe)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if x.dtype is torch.float32 else {"atol": 0.3, "rtol": 0.1}
+    torch.testing.assert_close(_run(model, x), expected, **tolerance)
+    model.merge_adapter(["two"], safe_merge=safe)
+    model.unmerge_adapter()
+    assert torch.equal(_run(model, x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@settings(deadline=None, max_examples=40)
+@given(model=adapted_mlps(), names=st.lists(st.sampled_from(["default", "two", "__base__"]), min_size=1, max_size=6))
+def test_any_mixed_batch_is_row_by_row(model: PeftModel, names: list[str]) -> None:
+    x = torch.randn(len(names), 6, dtype=model.get_base_model()[0].weight.dtype)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if x.dtype is torch.float32 else {"atol": 0.3, "rtol": 0.1}
+    mixed = _run(model, x, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter("default" if name == "__base__" else name)
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            torch.testing.assert_close(mixed[row : row + 1], _run(model, x[row : row + 1]), **tolerance)
+
+
 @settings(deadline=None, max_examples=20)
 @given(rule=st.sampled_from(list(RULES.values())), seed=st.integers(0, 1000), steps=st.integers(1, 5))
 def test_reinitialisation_is_a_pure_function_of_hits_and_seed(rule: dict[str, Any], seed: int, steps: int) -> None:
@@ -280,6 +328,38 @@ def test_reinitialisation_is_a_pure_function_of_hits_and_seed(rule: dict[str, An
     randomise(lived)
     model.base_model.uora_hits["default"].copy_(lived.base_model.uora_hits["default"])
     assert torch.equal(_run(model, x), _run(lived, x))
+
+
+def _tied(family: str) -> nn.Module:
+    """A model whose head and input embeddings are one parameter."""
+    model = gpt2() if family == "gpt2" else llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merging_into_a_tied_weight_leaves_the_other_module(family: str, tmp_path: Path) -> None:
+    base = _tied(family)
+    embeddings = base.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    model = get_peft_model(base, UoraConfig(r=8, target_modules=["lm_head"]))
+    randomise(model)
+    expected = output(model.eval(), IDS)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, IDS), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(embeddings, before)
+    model.unmerge_adapter()
+    assert base.lm_head.base_layer.weight is embeddings  # tied again
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight, before)
+    merged.save_pretrained(tmp_path)
+    stored = type(merged).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(stored, IDS), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_hit_of_one_adapter_leaves_the_others() -> None:

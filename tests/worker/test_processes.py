@@ -174,7 +174,9 @@ def test_a_job_from_its_first_message_to_its_model(processes: Processes) -> None
     assert job.trained_tokens is not None
     assert job.trained_tokens > 0
     assert [
-        event.data["step"] for event in service.events(job_id, "metrics") if event.data and "hits" in event.data
+        event.data["step"]
+        for event in service.events(job_id, "metrics")
+        if event.data and "learning_rate" in event.data
     ] == [*range(1, 9)]
     assert service.messages(job_id) == [
         f"Validating training file: {job.training_file} and validation file: {job.validation_file}",

@@ -101,8 +101,16 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def _make_head(model: PreTrainedModel, new: set[str], *, name: str) -> None:
-    """Let the modules that hold new weights, or stand outside the base model proper, be trained, in float32."""
-    inside = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    """Let what stands outside of the base model proper, and its pooler if that is new, be trained, in float32."""
+    if model.base_model is model:
+        raise BaseModelError(f"The base model {name!r} is a {type(model).__name__}, whose head is no part of its own.")
+    inside = f"{model.base_model_prefix}."
+    lost = sorted(weight for weight in new if weight.startswith(inside) and not weight.startswith(f"{inside}pooler."))
+    if lost:
+        raise BaseModelError(
+            f"The base model {name!r} lacks {len(lost)} weights, the first is {lost[0]}. Only a head can be trained "
+            "anew; use a model whose files hold all the rest."
+        )
     owners = {
         parameter.rpartition(".")[0]
         for parameter, _ in model.named_parameters()
@@ -110,11 +118,6 @@ def _make_head(model: PreTrainedModel, new: set[str], *, name: str) -> None:
     }
     for owner in owners:
         module = model.get_submodule(owner)
-        if any(module.children()):
-            raise BaseModelError(
-                f"The base model {name!r} lacks weights of its {owner or 'top'} ({type(module).__name__}), which is "
-                "more than a head that could be trained anew. Use a model whose files hold all of its encoder."
-            )
         module.float().requires_grad_(True)
         module.register_forward_pre_hook(_to_float32)
 

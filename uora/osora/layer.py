@@ -12,7 +12,7 @@ from uora.svd import Factors, osora_update
 from uora.tuner.additive import AdditiveLinear
 
 
-class OsoraLayer(AdditiveLinear):
+class OsoraLinear(AdditiveLinear):
     """A linear layer with OSoRA adapters: o ``(out,)`` and s ``(r,)`` are trained, nothing else is stored."""
 
     adapter_layer_names = ("osora_o", "osora_s")

@@ -8,13 +8,13 @@ from torch import nn
 
 from uora.frames import check_fingerprint
 from uora.osora.config import OsoraConfig
-from uora.osora.layer import OsoraLayer
+from uora.osora.layer import OsoraLinear
 from uora.svd import BaseWeights
 from uora.tuner._peft import QUERY_VALUE_NAMES
 from uora.tuner.additive import AdditiveModel
 
 
-class OsoraModel(AdditiveModel[OsoraConfig, OsoraLayer]):
+class OsoraModel(AdditiveModel[OsoraConfig, OsoraLinear]):
     """A base model with OSoRA adapters (use ``peft.get_peft_model(model, OsoraConfig(...))``).
 
     The base weights are never changed: what the paper takes out of them is part of the update.
@@ -23,14 +23,14 @@ class OsoraModel(AdditiveModel[OsoraConfig, OsoraLayer]):
     uses_shared_state: bool = True
     prefix: str = "osora_"
     config_cls = OsoraConfig
-    tuner_layer_cls = OsoraLayer
+    tuner_layer_cls = OsoraLinear
     target_module_mapping = {family: list(names) for family, names in QUERY_VALUE_NAMES.items()}  # noqa: RUF012
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self._own_weights = BaseWeights.of_model(model)
 
-    def add_to_layer(self, layer: OsoraLayer, adapter_name: str, config: OsoraConfig) -> None:
+    def add_to_layer(self, layer: OsoraLinear, adapter_name: str, config: OsoraConfig) -> None:
         """o = 1; s follows in `complete`, with the factors."""
         vectors = {"osora_o": torch.ones(layer.out_features), "osora_s": torch.zeros(config.r)}
         layer.add_adapter(adapter_name, vectors, dropout=config.dropout)

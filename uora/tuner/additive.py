@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uora.errors import ShapeError, UnsupportedLayerError
+from uora.quantised import keep_weight_layout
 from uora.tuner._peft import BaseTunerLayer, check_adapters_to_merge, get_in_out_features
 from uora.tuner.rows import MixedBatchModel, RowAdapters
 
@@ -22,7 +24,8 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear or Conv1D, plain or quantised) whose adapters each add an update to its output.
 
     A subclass names its trained vectors in ``adapter_layer_names`` and what else it keeps per adapter in
-    ``other_param_names``, and says what the update is.
+    ``other_param_names``, and says what the update is. Its own name holds "Linear": by that PEFT finds the layers again
+    when another adapter goes on "all-linear".
     """
 
     other_param_names: tuple[str, ...] = ("dropout",)
@@ -37,6 +40,8 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict({}))
         self.dropout = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
+        #: The base layer as it was before a merge; the list hides it from nn.Module.
+        self._unmerged: list[nn.Module] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.in_features, self.out_features = cast(tuple[int, int], get_in_out_features(self.get_base_layer()))
@@ -80,30 +85,34 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add dW of the named (default: active) adapters to the base weight.
+        """Add dW of the named (default: active) adapters to the base weight, in float32, rounded (or quantised) once.
+
+        It goes into a copy of the base layer. So a weight tied to another module's leaves that one alone, and
+        `unmerge` is exact, at the price of both layers in memory until then.
 
         Raises:
             ValueError: ``safe_merge`` and the result is not finite; the weight is left as it was.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.has(name):
-                merged = self._shifted(self.get_delta_weight(name))
-                if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"Merging adapter {name!r} gives weights that are not finite; it is broken.")
-                self.set_base_weight(merged)
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
+        if not names:
+            return
+        weight: Tensor = self.get_base_weight()
+        merged = weight.float() + sum(self.get_delta_weight(name) for name in names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging the adapters {names} gives weights that are not finite; one of them is broken.")
+        if not self.merged:
+            self._unmerged.append(self.base_layer)
+            self.base_layer = copy.deepcopy(self.base_layer)
+        self.set_base_weight(merged.to(weight.dtype))
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take every merged dW out of the base weight again."""
+        """Take every merged dW out again: the base layer is the one there was before."""
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.set_base_weight(self._shifted(-self.get_delta_weight(self.merged_adapters.pop())))
-
-    def _shifted(self, change: Tensor) -> Tensor:
-        """Base weight plus ``change``, added in float32 and rounded once."""
-        weight: Tensor = self.get_base_weight()
-        return (weight.float() + change).to(weight.dtype)
+            return
+        self.base_layer = self._unmerged.pop().to(self.weight.device)  # the model may have been moved meanwhile
+        self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Base layer plus the updates of the active adapters, or of each row's own in a mixed batch."""
@@ -147,6 +156,10 @@ class AdditiveModel(MixedBatchModel, Generic[Config, Layer]):
     @abstractmethod
     def complete(self, adapter_name: str) -> None:
         """What is left to do when the adapter is on all its layers; if it raises, nothing of the adapter stays."""
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Runs before every injection."""
+        keep_weight_layout(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add one adapter.
@@ -207,6 +220,11 @@ class AdditiveModel(MixedBatchModel, Generic[Config, Layer]):
         }
 
     @classmethod
+    def is_stored(cls, name: str) -> bool:
+        """Whether a name in the state is that of an adapter's own numbers."""
+        return cls.prefix in name
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -217,7 +235,7 @@ class AdditiveModel(MixedBatchModel, Generic[Config, Layer]):
         missing = sorted(
             name
             for name in model.state_dict()
-            if cls.prefix in name and name.endswith(f".{adapter_name}") and name not in remapped
+            if cls.is_stored(name) and name.endswith(f".{adapter_name}") and name not in remapped
         )
         if missing:
             raise ShapeError(f"The saved adapter lacks {len(missing)} tensors, the first is {missing[0]}.")

@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import make_tiny_llama
 from uora.errors import BaseModelError
-from uora.models import HubSource, LocalModel, WheelDirectorySource, WheelSource, fetch, load_model, sources, weights_digest
+from uora.models import (
+    HubSource,
+    LocalModel,
+    WheelDirectorySource,
+    WheelSource,
+    fetch,
+    load_model,
+    sources,
+    weights_digest,
+)
 
 GGUF = b"not really a GGUF file"
 

@@ -1,0 +1,32 @@
+"""Every benchmark, in its short form: it runs, and what it claims beside the timings holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from uora.spec import METHODS
+from worker.up import ROOT
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(600)]
+
+
+def smoke(name: str) -> dict[str, Any]:
+    """The benchmark's last line."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_five_methods_in_one_batch() -> None:
+    result = smoke("methods")
+    assert result["mixed_equals_alone"] is True
+    assert result["answers"] == len(METHODS) + 1
+    assert result["methods"].keys() == set(METHODS)
+    assert all(item["last_loss"] < item["first_loss"] for item in result["methods"].values())
