@@ -265,23 +265,30 @@ def test_a_hit_of_one_layer_leaves_the_others() -> None:
     assert changed.tolist() == [index == 5 for index in range(8)]
 
 
+inits = st.sampled_from(get_args(FrameInit))
+
+
 @st.composite
 def adapted_mlps(draw: st.DrawFn) -> PeftModel:
     """A plain module of 6, 20 and 5 features with two adapters of any kind, which have hits."""
     model: Any = mlp().to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
     for name in ("default", "two"):
         config = UoraConfig(
-            r=draw(st.integers(1, 24)), frame_seed=draw(st.integers(0, 2)), init=draw(st.sampled_from(get_args(FrameInit))),
+            r=draw(st.integers(1, 24)), frame_seed=draw(st.integers(0, 2)), init=draw(inits),
             **draw(st.sampled_from(list(RULES.values()))), **MLP_TARGETS,
         )  # fmt: skip
         if name == "default":
             model = get_peft_model(model, config)
         else:
             model.add_adapter(name, config)
-        randomise(model, name, seed=draw(st.integers(0, 9)), scale=0.1)
+        randomise(model, name, seed=draw(st.integers(0, 9)), scale=0.2)
         if draw(st.booleans()):
             hit(model, name)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _rounding(dtype: torch.dtype) -> dict[str, float]:
+    return {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.03, "rtol": 0.03}
 
 
 @settings(deadline=None, max_examples=40)
@@ -291,8 +298,7 @@ def test_merging_and_unmerging_is_the_identity(model: PeftModel, safe: bool) -> 
     x = torch.randn(4, 6, dtype=model.get_base_model()[0].weight.dtype)
     expected = _run(model, x)
     model.merge_adapter(["default"], safe_merge=safe)
-    tolerance = {"atol": 1e-4, "rtol": 1e-4} if x.dtype is torch.float32 else {"atol": 0.3, "rtol": 0.1}
-    torch.testing.assert_close(_run(model, x), expected, **tolerance)
+    torch.testing.assert_close(_run(model, x), expected, **_rounding(x.dtype))
     model.merge_adapter(["two"], safe_merge=safe)
     model.unmerge_adapter()
     assert torch.equal(_run(model, x), expected)
@@ -303,12 +309,11 @@ def test_merging_and_unmerging_is_the_identity(model: PeftModel, safe: bool) -> 
 @given(model=adapted_mlps(), names=st.lists(st.sampled_from(["default", "two", "__base__"]), min_size=1, max_size=6))
 def test_any_mixed_batch_is_row_by_row(model: PeftModel, names: list[str]) -> None:
     x = torch.randn(len(names), 6, dtype=model.get_base_model()[0].weight.dtype)
-    tolerance = {"atol": 1e-4, "rtol": 1e-4} if x.dtype is torch.float32 else {"atol": 0.3, "rtol": 0.1}
     mixed = _run(model, x, adapter_names=names)
     for row, name in enumerate(names):
         model.set_adapter("default" if name == "__base__" else name)
         with model.disable_adapter() if name == "__base__" else nullcontext():
-            torch.testing.assert_close(mixed[row : row + 1], _run(model, x[row : row + 1]), **tolerance)
+            torch.testing.assert_close(mixed[row : row + 1], _run(model, x[row : row + 1]), **_rounding(x.dtype))
 
 
 @settings(deadline=None, max_examples=20)

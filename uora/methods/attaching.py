@@ -109,4 +109,4 @@ def adapted_layers(model: PeftModel, adapter_name: str = "default") -> dict[str,
 
 def base_model(model: nn.Module) -> nn.Module:
     """The base model of a PeftModel, with the adapters' layers in it; any other model as it is."""
-    return model.getbase_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
