@@ -4,11 +4,15 @@ torch implementation: frames are arguments, and the frames are mutated step by s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from uora.frames import FrameKey, frame
+from uora.spec import AdapterSpec, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 
 Array = NDArray[np.float64]
 
@@ -76,3 +80,33 @@ class Mutating:
         a, b_matrix = self.a[layer], self.b_matrix[layer]
         a[i, :] = alpha * a[i, :] + (1 - alpha) * self.a_target[i, :]
         b_matrix[:, i] = alpha * b_matrix[:, i] + (1 - alpha) * self.b_target[:, i]
+
+
+def update(spec: AdapterSpec, own: Mapping[str, Array], w0: Array, weight: Array | None) -> Array:
+    """dW ``(out, in)`` of one layer by any method, from a stored adapter's numbers in float64.
+
+    Args:
+        spec: the method's settings.
+        own: the layer's numbers.
+        w0: the base weight, ``(out, in)``.
+        weight: share of the start frames, ``(r,)``; None for all.
+    """
+    n = {name: np.asarray(values, dtype=np.float64) for name, values in own.items()}
+    match spec:
+        case LoraSpec() | OloraSpec():
+            return spec.lora_alpha / spec.r * n["lora_b"] @ n["lora_a"]
+        case OsoraSpec(r=r):
+            u, s, v = np.linalg.svd(w0, full_matrices=False)
+            k = min(r, len(s))
+            scaled = np.diag(n["o"]) @ u[:, :k] @ np.diag(n["s"][:k])
+            return (scaled - u[:, :k] @ np.diag(s[:k])) @ v[:k]
+        case UoraSpec() | VeraSpec() as frames:
+            init = frames.init if isinstance(frames, UoraSpec) else "kaiming"
+            size_out, size_in = w0.shape
+            w = np.ones(frames.r) if weight is None else np.asarray(weight, dtype=np.float64)
+            a, b_rows = (
+                np.diag(w) @ frame(FrameKey(frames.frame_seed, side, 0, frames.r, size, init))
+                + np.diag(1 - w) @ frame(FrameKey(frames.frame_seed, side, 1, frames.r, size, init))
+                for side, size in (("A", size_in), ("B", size_out))
+            )
+            return np.diag(n["b"]) @ b_rows.T @ np.diag(n["d"]) @ a
