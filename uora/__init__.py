@@ -2,3 +2,8 @@
 
 Importing ``uora`` is light; ``uora.tuner``, ``uora.training`` and ``uora.serving`` need torch.
 """
+
+import logging
+
+# At every import it regrets an optional kernel that only a model hub has.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

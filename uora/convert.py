@@ -4,7 +4,7 @@
 |---|---|---|---|
 | uora, vera | diag(d) A | diag(b) B | r |
 | lora, olora | as stored | as stored | r, 2r |
-| osora | diag(s) V and diag(s0) V | diag(o) U and -U | 2r |
+| osora | diag(s) V and diag(s - s0) V | diag(o - 1) U and U | 2r |
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from uora.artifact import Artifact
 from uora.frames import FrameKey, Side, check_fingerprint, fingerprint, frame
 from uora.layout import VERA_INIT, ModuleShape, pair_rank
+from uora.reinit import blend
 from uora.spec import FrameInit, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def _frame_pairs(artifact: Artifact, seed: int, init: FrameInit, cache_dir: Path
         start, target = (FrameKey(seed, side, generation, r, features, init) for generation in (0, 1))
         if weights is None:
             return frame(start, cache_dir)
-        weight = weights[index][:, None]
-        mixed: Float32 = weight * frame(start, cache_dir) + (1 - weight) * frame(target, cache_dir)
-        return mixed
+        return blend(frame(start, cache_dir), frame(target, cache_dir), weights[index])
 
     for index, (module, own) in enumerate(artifact.parts()):
         a = blended("A", module.in_features, index)

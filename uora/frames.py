@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,9 +31,8 @@ from typing import Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from uora import diskcache
 from uora.errors import FingerprintError
 from uora.spec import FrameInit
 
@@ -92,7 +89,7 @@ def frame(key: FrameKey, cache_dir: Path | None = None) -> Float32:
     cached = _read(key, cache_dir) if cache_dir is not None else None
     built = cached if cached is not None else _build(key)
     if cached is None and cache_dir is not None:
-        _write(key, built, cache_dir)
+        diskcache.write(_cache_path(key, cache_dir), {"frame": built})
     built.flags.writeable = False
     return built
 
@@ -173,11 +170,11 @@ def check_fingerprint(expected: Mapping[str, list[float]], actual: Mapping[str, 
     for name in sorted(expected.keys() | actual.keys()):
         want, have = expected.get(name), actual.get(name)
         if want is None or have is None or len(want) != len(have):
-            raise FingerprintError(f"Frame {name}: the adapter has probes {want}, this machine has {have}.")
+            raise FingerprintError(f"{name}: the adapter has probes {want}, this machine has {have}.")
         if not np.allclose(want, have, rtol=0.0, atol=PROBE_TOLERANCE):
             raise FingerprintError(
-                f"Frame {name}: found probes {have}, expected {want} (tolerance {PROBE_TOLERANCE}). The adapter "
-                "was trained on other frames; serve it with the seed, rank and version of its manifest."
+                f"{name}: found probes {have}, expected {want} (tolerance {PROBE_TOLERANCE}). The adapter was trained "
+                "on other frames or singular vectors; serve it with the seed, rank, version and base of its manifest."
             )
 
 
@@ -202,29 +199,7 @@ def _cache_path(key: FrameKey, cache_dir: Path) -> Path:
     return cache_dir / "frames" / name
 
 
-def _digest(matrix: Float32) -> str:
-    return hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest()
-
-
 def _read(key: FrameKey, cache_dir: Path) -> Float32 | None:
     """The cached frame; None if there is none or if it is damaged, since it can be built again."""
-    try:
-        with safe_open(_cache_path(key, cache_dir), framework="numpy") as stored:
-            matrix: Float32 = stored.get_tensor("frame")
-            sound = (stored.metadata() or {}).get("sha256") == _digest(matrix)
-    except (OSError, SafetensorError):
-        return None
-    return matrix if sound and matrix.shape == (key.r, key.n) else None
-
-
-def _write(key: FrameKey, matrix: Float32, cache_dir: Path) -> None:
-    """Store a frame whole or not at all: another process may read at any moment."""
-    path = _cache_path(key, cache_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file({"frame": matrix}, temporary, metadata={"sha256": _digest(matrix)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    matrix = (diskcache.read(_cache_path(key, cache_dir)) or {}).get("frame")
+    return matrix if matrix is not None and matrix.shape == (key.r, key.n) else None

@@ -10,7 +10,6 @@ recognised by a fingerprint.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +44,6 @@ SVD_VERSION = "uora-svd-1"
 PROBES = 4
 #: Ranks are stored in powers of two from here on, so that adapters of many ranks share a few files.
 _SMALLEST_STORED_RANK = 64
-#: Factors kept by one `BaseWeights`; a model has some hundred layers.
-_MAX_IN_MEMORY = 4096
 #: Below this share of the largest singular value, float64 does not give the vectors to 1e-6: there is no direction.
 _ZERO = 1e-9
 #: Further vectors that take part in the small problem; the error at its border is theirs.
@@ -186,7 +183,10 @@ def _top(stored: dict[str, Float32], r: int) -> Factors:
 
 
 class BaseWeights:
-    """Where the weights of a base model's linear layers come from, and their singular factors. Not thread-safe."""
+    """Where the weights of a base model's linear layers come from, and their singular factors.
+
+    Threads may share one: at worst, two of them work the same factors out at the same time.
+    """
 
     def __init__(self, digest: str, source: nn.Module | Callable[[], nn.Module], cache_dir: Path | None = None) -> None:
         """Nothing is read yet.
@@ -199,7 +199,7 @@ class BaseWeights:
         self.digest = digest
         self.cache_dir = cache_dir
         self._source = source
-        self._factors: OrderedDict[tuple[str, int], Factors] = OrderedDict()
+        self._factors: dict[tuple[str, int], Factors] = {}
         self._probes: dict[tuple[str, int], Float64] = {}
 
     @classmethod
@@ -245,11 +245,7 @@ class BaseWeights:
 
     def factors(self, name: str, r: int) -> Factors:
         """The top ``r`` singular triplets of the weight of one linear layer; errors of `all_factors`."""
-        found = self._factors.get((name, r))
-        if found is None:
-            return self.all_factors([name], r)[name]
-        self._factors.move_to_end((name, r))
-        return found
+        return self._factors.get((name, r)) or self.all_factors([name], r)[name]
 
     def all_factors(self, names: Iterable[str], r: int) -> dict[str, Factors]:
         """The factors of many layers: from memory, from the disk cache, and the rest worked out from the weights.
@@ -292,8 +288,6 @@ class BaseWeights:
 
     def _keep(self, name: str, r: int, factors: Factors) -> Factors:
         self._factors[name, r] = factors
-        if len(self._factors) > _MAX_IN_MEMORY:
-            self._factors.popitem(last=False)
         return factors
 
     def fingerprint(self, names: Iterable[str], r: int) -> dict[str, list[float]]:

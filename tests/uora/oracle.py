@@ -4,8 +4,8 @@ torch implementation: frames are arguments, and the frames are mutated step by s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from tests.uora.toys import llama
 from uora.artifact import loads
@@ -31,12 +32,17 @@ def probes(path: Path) -> dict[str, list[float]]:
 
 
 def fixture_weights() -> BaseWeights:
+    """Those of `fixture_model`."""
+    return BaseWeights.of_model(fixture_model())
+
+
+def fixture_model() -> nn.Module:
     """A base model whose weights depend on no library's generator."""
     model = llama()
     for name, weight in model.state_dict().items():
         numbers = philox_uniforms(f"fixture|{name}", weight.numel()).astype(np.float32) - 0.5
         weight.copy_(weight.new_tensor(numbers).view(weight.shape))
-    return BaseWeights.of_model(model)
+    return model
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)

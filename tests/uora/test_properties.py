@@ -1,4 +1,4 @@
-"""The algebra of every method, on layers of any size: forward, merge, mixed batch and export are one and the same dW."""
+"""The algebra of every method, on layers of any size: forward, merge, mixed batch and export share one dW."""
 
 from __future__ import annotations
 

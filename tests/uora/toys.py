@@ -111,7 +111,7 @@ def output(model: nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tenso
     """The model's main output."""
     with torch.no_grad():
         found = model(ids, **kwargs)
-    return found[0] if not hasattr(found, "logits") else found.logits  # type: ignore[no-any-return]
+    return found if isinstance(found, Tensor) else found[0]
 
 
 def randomise(model: nn.Module, adapter_name: str = "default", seed: int = 1, scale: float = 0.3) -> None:
@@ -132,16 +132,15 @@ def adapted(toy: str = "llama", **config: object) -> PeftModel:
     return model.eval()
 
 
-def store(model: PeftModel, adapter_name: str = "default") -> bytes:
-    """A UORA adapter of a toy in its stored form."""
-    names = tuple(sorted({name.rpartition(".")[2] for name in adapted_layers(model, adapter_name)}))
-    return export(model, model.peft_config[adapter_name].spec(targets=names), adapter_name)
+def store(model: PeftModel, provenance: Provenance = PROVENANCE) -> bytes:
+    """A UORA adapter in its stored form."""
+    names = tuple(sorted({name.rpartition(".")[2] for name in adapted_layers(model)}))
+    return export(model, model.peft_config["default"].spec(targets=names), provenance)
 
 
-def export(model: PeftModel, spec: AdapterSpec, adapter_name: str = "default") -> bytes:
-    """An adapter of a toy in its stored form."""
-    base = BaseWeights.of_model(model.get_base_model())
-    return export_artifact(model, spec, base=base, provenance=PROVENANCE, adapter_name=adapter_name)
+def export(model: PeftModel, spec: AdapterSpec, provenance: Provenance = PROVENANCE) -> bytes:
+    """An adapter in its stored form."""
+    return export_artifact(model, spec, base=BaseWeights.of_model(model), provenance=provenance)
 
 
 def artifact(seed: int = 1, **config: object) -> Artifact:

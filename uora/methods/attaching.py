@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -63,7 +64,9 @@ def attach_to(
     config = cast(Any, method.config(base))
     config.target_modules = {module.name for module in modules}
     config.modules_to_save = list(head) or None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 reads it
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right for Conv1D
         torch.manual_seed(seed)
         peft_model = _inject(model, config, adapter_name)
     layers = adapted_layers(peft_model, adapter_name)

@@ -4,14 +4,11 @@ from uora.tuner._peft import register
 from uora.tuner.config import UoraConfig
 from uora.tuner.layer import UoraLinear
 from uora.tuner.model import UoraModel, reinitialise
-from uora.tuner.state import export_artifact, load_artifact
 
 __all__ = [
     "UoraConfig",
     "UoraLinear",
     "UoraModel",
-    "export_artifact",
-    "load_artifact",
     "reinitialise",
 ]
 

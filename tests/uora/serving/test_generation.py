@@ -14,7 +14,7 @@ from uora.errors import AdapterNotFoundError
 from uora.models import LocalModel, load_model
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Delta, Generation, Sampling, choose
-from uora.tuner import UoraConfig, export_artifact
+from uora.tuner import UoraConfig
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -46,7 +46,7 @@ def generation(prompt: list[int], adapter: str | None, **options: object) -> tup
 def adapters(tiny_base: LocalModel) -> list[Artifact]:
     from peft import get_peft_model
 
-    from tests.uora.toys import randomise
+    from tests.uora.toys import randomise, store
 
     found = []
     for seed, r in ((1, 8), (2, 8), (3, 4)):
@@ -54,7 +54,7 @@ def adapters(tiny_base: LocalModel) -> list[Artifact]:
         model = get_peft_model(base, UoraConfig(r=r, target_modules="all-linear"))
         randomise(model, seed=seed)
         provenance = PROVENANCE.model_copy(update={"base_digest": tiny_base.digest})
-        found.append(loads(export_artifact(model, provenance=provenance)))
+        found.append(loads(store(model, provenance)))
     return found
 
 

@@ -20,11 +20,11 @@ from api.projects.models import Project
 from api.settings import Settings
 from tests.api.support import serve, wait_until
 from tests.tiny import make_tiny_llama
-from tests.uora.toys import randomise
+from tests.uora.toys import randomise, store
 from uora.artifact import Artifact, Provenance, dumps, loads
 from uora.data.templates import template_sha256
 from uora.models import LocalModel, fetch, load_model, load_tokenizer
-from uora.tuner import UoraConfig, export_artifact
+from uora.tuner import UoraConfig
 from worker.engine.app import create_app
 from worker.engine.runner import Runner, build_runner
 
@@ -73,7 +73,7 @@ def make_adapter(base: LocalModel, *, seed: int, r: int, template: str | None = 
         chat_template_sha256=template or template_sha256(load_tokenizer(base)),
         data_sha256="0" * 64,
     )
-    return loads(export_artifact(model, provenance=provenance))
+    return loads(store(model, provenance))
 
 
 def add(sessions: sessionmaker[Session], name: str, artifact: Artifact, *, stored: bytes | None = None) -> None:
