@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -92,6 +93,39 @@ def test_two_tenants_tune_and_ask(running: Running) -> None:
         ask(sunny, day.fine_tuned_model, "moon")
     with pytest.raises(openai.NotFoundError):
         ask(sunny, newest.fine_tuned_model_checkpoint, "rain")
+
+
+#: Rates at which a tiny random model learns its word within a few seconds.
+RATES = {"uora": 0.1, "vera": 0.03, "lora": 0.02, "olora": 0.005, "osora": 0.1}
+
+
+@pytest.mark.timeout(600)
+def test_five_methods_tune_and_answer_together(running: Running) -> None:
+    client = running.client("curious")
+    file_id = upload(client, DAY)
+    jobs = {
+        method: client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=file_id,
+            seed=1,
+            hyperparameters={"n_epochs": 8, "batch_size": 8},
+            extra_body={"peft": {"method": method, "r": 16, "learning_rate": rate}},
+        )
+        for method, rate in RATES.items()
+    }
+    models = {}
+    for method, created in jobs.items():
+        job = wait_job(client, created.id, seconds=240)
+        assert job.status == "succeeded", (method, job.error)
+        assert job.adapter["method"] == method  # type: ignore[attr-defined]
+        models[method] = job.fine_tuned_model or ""
+    names = [*models.values(), "tiny"]
+    alone = [ask(client, name, "moon") for name in names]
+    assert [answer[:1] for answer in alone[:-1]] == ["d"] * len(RATES)
+    assert alone[-1][:1] != "d"
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = list(pool.map(lambda name: ask(client, name, "moon"), names))
+    assert together == alone
 
 
 def test_a_bad_row_fails_the_job_before_training(running: Running) -> None:
