@@ -52,6 +52,7 @@ class Case:
     task: Task
     make_base: Callable[[Path], Path]
     rows: tuple[Row, ...]
+    n_epochs: int = 5
 
     @property
     def dataset(self) -> Dataset[Row]:
@@ -96,7 +97,7 @@ def _pair(i: int) -> TextRow:
 
 
 def _number(i: int) -> TextRow:
-    return TextRow(_words(i), _words(i + 1 + i % 2), 1.0 + 2.0 * (i % 2) + 0.25 * (i % 3), i + 1)
+    return TextRow(_words(i), None, 200.0 + 40.0 * (i % 2) + 5.0 * (i % 3), i + 1)
 
 
 def _image(i: int) -> ImageRow:
@@ -117,7 +118,7 @@ CASES: dict[str, Case] = {
     "completion": Case("completion", make_tiny_llama, _rows(_completion)),
     "classification": Case("classification", make_tiny_bert, _rows(_text)),
     "pairs": Case("classification", make_tiny_bert, _rows(_pair)),
-    "regression": Case("regression", make_tiny_bert, _rows(_number)),
+    "regression": Case("regression", make_tiny_bert, _rows(_number), n_epochs=15),
     "decoder": Case("classification", make_tiny_llama, _rows(_text)),
     "image-classification": Case("image-classification", make_tiny_vit, _rows(_image)),
 }
@@ -162,6 +163,6 @@ def train_cases(base_of: Callable[[Callable[[Path], Path]], LocalModel]) -> Trai
     @cache
     def trained(name: str, method: MethodName) -> Trained:
         case = CASES[name]
-        return run(spec_of(case.task, method), base_of(case.make_base), case)
+        return run(spec_of(case.task, method, n_epochs=case.n_epochs), base_of(case.make_base), case)
 
     return trained

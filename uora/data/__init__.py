@@ -16,7 +16,7 @@ from uora.data.formats import (
     TextRow,
 )
 from uora.data.images import from_data_url, open_image
-from uora.data.labels import Labels
+from uora.data.labels import Labels, Scale
 from uora.data.masking import IGNORED, Example, encode_chat
 from uora.data.reading import read_file, scan_file
 from uora.data.templates import render, template_sha256
@@ -33,6 +33,7 @@ __all__ = [
     "Labels",
     "Problem",
     "Row",
+    "Scale",
     "TextRow",
     "check_length",
     "encode_chat",

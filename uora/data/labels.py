@@ -1,8 +1,9 @@
-"""The classes of a classification."""
+"""The classes of a classification, and the numbers of a regression."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from uora.data.values import shown
@@ -45,6 +46,19 @@ class Labels:
                 "the training file, or take it out here.",
                 code="unknown_label",
             ) from error
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a training file's numbers lie: ``number = mean + deviation * z`` with z of mean 0 and deviation 1."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Scale:
+        """Mean and standard deviation of at least one number; a deviation of 1 where all are the same."""
+        return cls(statistics.fmean(numbers), statistics.pstdev(numbers) or 1.0)
 
 
 def _first(names: tuple[str, ...]) -> str:

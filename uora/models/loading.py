@@ -48,8 +48,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode; for a task that needs one, with a head that can be trained.
 
-    The head (see `head_modules`) is what follows the base model proper, and what of it the weights' files lack. It
-    is the only part that requires gradients, and it is float32 whatever ``dtype`` is.
+    The head (see `head_modules`) is what follows the base model proper, and its pooler if the weights' files lack it.
+    It is the only part that requires gradients, and it is float32 whatever ``dtype`` is. Its linear layers have a bias.
 
     Args:
         local: what `fetch` returned.
@@ -118,6 +118,9 @@ def _make_head(model: PreTrainedModel, new: set[str], *, name: str) -> None:
     }
     for owner in owners:
         module = model.get_submodule(owner)
+        if isinstance(module, nn.Linear) and "bias" not in dict(module.named_parameters()):
+            # Decoders' heads have none, but a regression's mean needs a place.
+            module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]))
         module.float().requires_grad_(True)
         module.register_forward_pre_hook(_to_float32)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from uora.data import IGNORED
+from uora.data import IGNORED, Scale
 
 
 class Meter(ABC):
@@ -184,13 +184,22 @@ class ClassLoss(TaskLoss[AccuracyMeter]):
 
 
 class SquaredErrorLoss(TaskLoss[NumberMeter]):
-    """Squared error of a number: logits ``(rows, 1)``, labels ``(rows,)``."""
+    """Squared error of a number: logits ``(rows, 1)``, labels ``(rows,)``.
 
-    def __init__(self) -> None:
+    The model learns the numbers on a scale of mean 0 and deviation 1, which is where a head starts: numbers as they are
+    would keep it busy with their mean. The meters count in the labels' units.
+    """
+
+    def __init__(self, scale: Scale) -> None:
         super().__init__(NumberMeter)
+        self._scale = scale
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """As for any task, in units of the deviation."""
+        return super().__call__(outputs, labels, num_items_in_batch) / self._scale.deviation**2
 
     def _select(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.squeeze(-1), labels
+        return self._scale.mean + self._scale.deviation * logits.squeeze(-1), labels
 
     def _loss_sum(self, predictions: Tensor, targets: Tensor) -> Tensor:
         return functional.mse_loss(predictions, targets, reduction="sum")

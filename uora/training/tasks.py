@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from uora.data import (
@@ -17,6 +21,7 @@ from uora.data import (
     ImageRow,
     Labels,
     Row,
+    Scale,
     TextRow,
     check_length,
     encode_chat,
@@ -85,6 +90,9 @@ class TrainingTask(Protocol):
     def splitter(self, model: nn.Module) -> Splitter:
         """How batches go through this model."""
 
+    def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
+        """Within the context, the model answers as it is to answer for its users."""
+
 
 def training_task(task: Task, base: LocalModel, training: Dataset[Row]) -> TrainingTask:
     """The strategy of ``task`` for a base model and a training file, from which classes take their names.
@@ -109,13 +117,17 @@ def training_task(task: Task, base: LocalModel, training: Dataset[Row]) -> Train
         case "classification":
             return _Texts(load_text_inputs(base), ClassLoss(), _labels(training))
         case "regression":
-            return _Texts(load_text_inputs(base), SquaredErrorLoss())
+            return _Texts(load_text_inputs(base), SquaredErrorLoss(scale := _scale(training)), scale=scale)
         case "image-classification":
             return _Images(load_image_inputs(base), _labels(training))
 
 
 def _labels(training: Dataset[Row]) -> tuple[str, ...]:
     return Labels.of(cast(str, row.label) for row in cast(Dataset[TextRow | ImageRow], training).rows).names
+
+
+def _scale(training: Dataset[Row]) -> Scale:
+    return Scale.of([cast(float, row.label) for row in cast(Dataset[TextRow], training).rows])
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,9 @@ class _Causal:
 
         return pieces
 
+    def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 @dataclass(frozen=True)
 class _TextExample:
@@ -171,6 +186,7 @@ class _Texts:
     inputs: TextInputs
     loss: ClassLoss | SquaredErrorLoss
     labels: tuple[str, ...] = ()
+    scale: Scale | None = None
     chat_template_sha256: None = None
     counts_tokens: bool = True
 
@@ -190,6 +206,28 @@ class _Texts:
 
     def splitter(self, model: nn.Module) -> Splitter:
         return lambda batch: split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["labels"].device.type])
+
+    def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
+        return nullcontext() if self.scale is None else _rescaled(_output_layer(model), self.scale)
+
+
+def _output_layer(model: PeftModel) -> nn.Linear:
+    """The layer of the head that comes last."""
+    wrapped = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return cast(nn.Linear, wrapped[-1].modules_to_save["default"])
+
+
+@contextmanager
+def _rescaled(layer: nn.Linear, scale: Scale) -> Iterator[None]:
+    """Let a layer give numbers where it has learned to give them as z; afterwards it is as it was, bit for bit."""
+    learned = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        layer.weight.mul_(scale.deviation)
+        layer.bias.mul_(scale.deviation).add_(scale.mean)
+    try:
+        yield
+    finally:
+        layer.load_state_dict(learned)
 
 
 @dataclass(frozen=True)
@@ -223,3 +261,6 @@ class _Images:
 
     def splitter(self, model: nn.Module) -> Splitter:
         return lambda batch: split_rows(batch, max_rows=MAX_IMAGES_AT_ONCE[batch["labels"].device.type])
+
+    def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
+        return nullcontext()

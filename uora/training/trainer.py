@@ -84,15 +84,16 @@ def train(
     model = _adapted_model(spec, task, base, weights=weights, dtype=dtype)
 
     def export(metrics: dict[str, float]) -> bytes:
-        return export_artifact(
-            model,
-            spec.adapter,
-            base=weights,
-            provenance=provenance,
-            task=spec.task,
-            labels=task.labels,
-            metrics=metrics,
-        )
+        with task.as_stored(model):
+            return export_artifact(
+                model,
+                spec.adapter,
+                base=weights,
+                provenance=provenance,
+                task=spec.task,
+                labels=task.labels,
+                metrics=metrics,
+            )
 
     return _run(spec, task, model, examples, valid_examples, export=export, observer=observer)
 

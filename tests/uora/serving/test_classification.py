@@ -82,7 +82,7 @@ def item_of(row: object) -> Item:
 
 
 def same(found: Prediction, expected: Prediction) -> bool:
-    return found == pytest.approx(expected, abs=1e-4)
+    return found == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
 def by_peft(done: Trained, item: Item) -> Prediction:

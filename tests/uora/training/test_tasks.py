@@ -21,7 +21,7 @@ from uora.methods import load_artifact
 from uora.models import load_model
 from uora.spec import METHODS, MethodName
 from uora.svd import BaseWeights
-from uora.training import batches
+from uora.training import batches, trainer
 from uora.training.tasks import training_task
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -81,7 +81,7 @@ def test_every_task_is_learned_by_every_method(trained: TrainCase, case: str, me
     done = trained(case, method)
     losses = [step.train_loss for step in done.recorder.steps]
     per_epoch = len(losses) // done.spec.hyperparameters.n_epochs
-    assert statistics.mean(losses[-per_epoch:]) < 0.9 * statistics.mean(losses[:per_epoch])
+    assert statistics.mean(losses[-per_epoch:]) < 0.95 * statistics.mean(losses[:per_epoch])
 
     manifest = done.artifact.manifest
     assert (manifest.task, manifest.adapter) == (done.case.task, done.spec.adapter)
@@ -99,7 +99,7 @@ def test_what_is_stored_is_what_was_trained(trained: TrainCase, case: str, metho
     evaluation = done.recorder.evaluations[-1]
     expected = by_hand(loaded(done, evaluation.artifact), done)
     found = {name: value for name, value in evaluation.metrics.items() if name.startswith("valid_")}
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
     assert {f"full_{name}": value for name, value in found.items()}.items() <= evaluation.metrics.items()
 
 
@@ -118,11 +118,32 @@ def test_the_head_is_stored_and_counted_apart(trained: TrainCase, case: str) -> 
     manifest = trained(case, "uora").artifact.manifest
     outputs, hidden = len(manifest.labels) or 1, 48 if case == "decoder" else 32
     name = "score" if case == "decoder" else "classifier"
-    bias = {} if case == "decoder" else {"classifier.bias": (outputs,)}
-    assert manifest.head == {f"{name}.weight": (outputs, hidden)} | bias
-    assert manifest.head_parameters == outputs * hidden + (0 if case == "decoder" else outputs)
+    assert manifest.head == {f"{name}.weight": (outputs, hidden), f"{name}.bias": (outputs,)}
+    assert manifest.head_parameters == outputs * hidden + outputs
     assert manifest.trainable_parameters == sum(4 + module.out_features for module in manifest.modules)
     assert not any(name in module.name for module in manifest.modules)
+
+
+def test_numbers_of_any_size_are_learned(trained: TrainCase) -> None:
+    """The model sees numbers around 0; what is reported and stored is in the file's own."""
+    done = trained("regression", "uora")
+    numbers = [row.label for row in done.case.rows if isinstance(row, TextRow) and isinstance(row.label, float)]
+    variance = statistics.pvariance(numbers)
+    assert done.recorder.steps[0].train_loss == pytest.approx(variance, rel=0.9)
+    assert done.result.metrics["valid_loss"] < 0.8 * variance
+    start = load_model(done.base, dtype=torch.float32, device="cpu", task="regression", seed=done.spec.seed)
+    assert done.artifact.head()["classifier.bias"] == pytest.approx(statistics.fmean(numbers), abs=5)
+    assert start.classifier.bias.item() == 0.0
+
+
+def test_storing_leaves_the_training_as_it_was(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the adapter is stored on the way, the same one comes out."""
+    case, base = CASES["regression"], base_of(make_still_bert)
+    often = run(spec_of(case.task, "uora"), base, case)
+    monkeypatch.setattr(trainer, "MAX_EVALUATIONS", 1)
+    once = run(spec_of(case.task, "uora"), base, case)
+    assert (len(often.recorder.evaluations), len(once.recorder.evaluations)) == (5, 1)
+    assert once.result.artifact == often.result.artifact
 
 
 def test_a_missing_pooler_is_part_of_the_head(base_of: BaseOf) -> None:
@@ -154,7 +175,7 @@ def test_pieces_of_a_batch_add_up(base_of: BaseOf, case: str, monkeypatch: pytes
     monkeypatch.setitem(batches.MAX_IMAGES_AT_ONCE, "cpu", 1)
     result = run(spec, base, CASES[case]).result
     assert result.trained_tokens == reference.trained_tokens
-    assert result.metrics == pytest.approx(reference.metrics, abs=1e-4)
+    assert result.metrics == pytest.approx(reference.metrics, rel=1e-5, abs=1e-4)
     found, expected = loads(result.artifact).head(), loads(reference.artifact).head()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=2e-3)
