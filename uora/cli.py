@@ -13,7 +13,7 @@ from rich.table import Table
 from uora.artifact import stored_bytes
 from uora.errors import UoraError
 from uora.layout import ModuleShape, trainable_parameters
-from uora.spec import METHODS, AdapterSpec, LoraSpec, parse_adapter
+from uora.spec import METHODS, AdapterSpec, LoraSpec, Task, parse_adapter
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 _console = Console()
@@ -30,12 +30,13 @@ def methods(
     targets: Annotated[
         str, typer.Option(help="all-linear; q,v; or names of modules with commas between.")
     ] = "all-linear",
+    task: Annotated[Task, typer.Option(help="What the adapter is for.")] = "chat",
     rank: Annotated[int | None, typer.Option(help="Of every method; each has its own default.")] = None,
 ) -> None:
     """What an adapter of each method trains and stores on a base model."""
     try:
         specs = [_spec(method, targets, rank) for method in METHODS]
-        modules = _modules(model, specs[0])
+        modules = _modules(model, specs[0], task)
         table = _table(model, specs, modules)
     except UoraError as error:
         Console(stderr=True).print(
@@ -50,13 +51,14 @@ def _spec(method: str, targets: str, rank: int | None) -> AdapterSpec:
     return parse_adapter({"method": method, "targets": chosen} | ({} if rank is None else {"r": rank}))
 
 
-def _modules(model: str, spec: AdapterSpec) -> list[ModuleShape]:
+def _modules(model: str, spec: AdapterSpec, task: Task) -> list[ModuleShape]:
     from uora import targets
     from uora.models import fetch, load_skeleton  # they take seconds to import
 
     source = model if ":" in model else f"known:{model}"
     cache_dir = Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
-    return list(targets.find(load_skeleton(fetch(model, source, cache_dir=cache_dir)), spec.targets).values())
+    skeleton = load_skeleton(fetch(model, source, cache_dir=cache_dir), task=task)
+    return list(targets.find(skeleton, spec.targets).values())
 
 
 def _table(model: str, specs: list[AdapterSpec], modules: list[ModuleShape]) -> Table:

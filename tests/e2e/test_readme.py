@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModel
 
 from tests.e2e.support import Running, chat_rows
-from tests.uora.toys import llama
+from tests.uora.toys import PROVENANCE, llama
 from worker.up import ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -40,3 +40,9 @@ def test_the_library() -> None:
     exec(BLOCKS[1], names)  # noqa: S102 # our own documentation
     assert isinstance(names["model"], PeftModel)
     assert names["model"].peft_config["default"].peft_type == "UORA"
+
+
+def test_the_methods() -> None:
+    names: dict[str, Any] = {"base_model": llama(), "another_base_model": llama(), "provenance": PROVENANCE}
+    exec(BLOCKS[2], names)  # noqa: S102 # our own documentation
+    assert names["again"].peft_config["default"].peft_type == "LORA"

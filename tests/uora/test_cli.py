@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.uora.toys import PROVENANCE, artifact_of
+from tests.uora.toys import PROVENANCE, artifact_of, bert
 from uora.artifact import dumps, stored_bytes
 from uora.cli import app
 from uora.models import LocalModel
@@ -58,3 +59,10 @@ def test_errors_are_one_line(tiny_base: LocalModel, arguments: tuple[str, ...], 
     assert failed.exit_code == 2
     assert message in failed.output
     assert "Traceback" not in failed.output
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    shown = run("--model", f"path:{tmp_path}", "--task", "classification", "--targets", "q,v", "--rank", "8")
+    assert shown.exit_code == 0, shown.output
+    assert f" {2 * 2 * (8 + 32)} " in shown.output  # query and value of two layers of 32

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -129,15 +130,16 @@ def _to_float32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
-def load_skeleton(local: LocalModel) -> PreTrainedModel:
-    """The base model's modules without their weights (on torch's meta device), for their names and sizes.
+def load_skeleton(local: LocalModel, *, task: Task = "chat") -> PreTrainedModel:
+    """The base model's modules without their weights (on torch's meta device), for their sizes; without a head.
 
     Raises:
-        BaseModelError: the directory's configuration cannot be read, or is of no model that generates text.
+        BaseModelError: the directory's configuration cannot be read, or is of no model for the task.
     """
     try:
         with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM  # its methods have no types
+            # Their methods have no types.
+            auto: Any = AutoModelForCausalLM if task in ("chat", "completion") else AutoModel
             model = auto.from_config(_config(local))
     except _UNUSABLE as error:
         raise BaseModelError(f"The base model {local.name!r} cannot be built: {last_line(error)}") from error

@@ -201,9 +201,12 @@ def _fetch_first(name: str, sources: tuple[Source, ...], *, cache_dir: Path) -> 
 
 
 def _folder(name: str, source: Source, models_dir: Path) -> Path:
+    """Where a source is kept: under the name by which it was first asked for, and found again under any other."""
     definition = json.dumps([type(source).__name__, asdict(source)], sort_keys=True)
+    key = hashlib.sha256(definition.encode()).hexdigest()[:12]
     safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return models_dir / f"{safe_name}-{hashlib.sha256(definition.encode()).hexdigest()[:12]}"
+    made = sorted(path for path in models_dir.glob(f"*-{key}") if path.is_dir())
+    return made[0] if made else models_dir / f"{safe_name}-{key}"
 
 
 def _find_made(name: str, directory: Path) -> LocalModel | None:

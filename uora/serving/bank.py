@@ -199,14 +199,18 @@ class AdapterBank:
         check_fingerprint(manifest.fingerprint, found)
 
     def put(self, artifact: Artifact) -> None:
-        """Make a checked adapter resident; one that is resident already stays as it is."""
+        """Make a checked adapter resident; one that is resident already stays as it is.
+
+        Raises:
+            ShapeError: its head is of another kind of model.
+        """
         manifest = artifact.manifest
         if manifest.digest in self:
             return
+        if self._heads is not None:
+            self._heads.put(artifact)  # before the rows: it refuses heads of another model
         family = family_of(manifest.adapter, self._base)
         self._families.setdefault(family, _FamilyRows(family)).put(artifact, self._device)
-        if self._heads is not None:
-            self._heads.put(artifact)
         self.manifests[manifest.digest] = manifest
 
     def remove(self, digest: str) -> None:

@@ -1,12 +1,14 @@
-"""Classes take their order from their names, not from the file."""
+"""Classes take their order from their names, not from the file; numbers have a mean and a deviation."""
 
 from __future__ import annotations
+
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uora.data import Labels
+from uora.data import Labels, Scale
 from uora.errors import DataError
 
 
@@ -29,3 +31,15 @@ def test_unknown_label_says_what_there_is() -> None:
     with pytest.raises(DataError, match=r"'z' is none of .* \('a', 'b', 'c', 'd', 'e' and 1 more\)") as caught:
         Labels.of("fedcba").index("z")
     assert caught.value.code == "unknown_label"
+
+
+@given(numbers=st.lists(st.integers(-1000, 1000), min_size=2).filter(lambda found: len(set(found)) > 1))
+def test_scale_leaves_mean_zero_and_deviation_one(numbers: list[int]) -> None:
+    scale = Scale.of(numbers)
+    found = [(number - scale.mean) / scale.deviation for number in numbers]
+    assert statistics.fmean(found) == pytest.approx(0.0, abs=1e-9)
+    assert statistics.pstdev(found) == pytest.approx(1.0)
+
+
+def test_equal_numbers_have_a_scale() -> None:
+    assert Scale.of([3.0, 3.0]) == Scale(3.0, 1.0)

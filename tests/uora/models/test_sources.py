@@ -139,6 +139,12 @@ def test_known_names_are_found_in_any_case(registry: Registry, name: str) -> Non
     assert len(registry.conversions) == 1
 
 
+def test_one_source_under_two_names_is_kept_once(registry: Registry) -> None:
+    first, second = (fetch(name, "known:tiny", cache_dir=registry.cache_dir) for name in ("tiny", "Another/Name"))
+    assert (second.name, second.directory, second.digest) == ("Another/Name", first.directory, first.digest)
+    assert registry.conversions == [GGUF]
+
+
 def test_other_users_can_read_the_model(registry: Registry) -> None:
     directory = registry.fetch().directory
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in [directory, *directory.iterdir()])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uora.data import IGNORED, Example
-from uora.training.batches import collate, split
+from uora.training.batches import collate, split, split_rows
 
 
 @st.composite
@@ -51,3 +51,20 @@ def test_split_keeps_every_row_within_the_bound(examples: list[Example], max_tok
         rows, width = piece["input_ids"].shape
         assert rows * width <= max_tokens or rows == 1
         assert width == piece["attention_mask"].sum(dim=1).max()
+
+
+@given(examples=example_lists(), max_tokens=st.integers(1, 40))
+def test_what_a_row_has_one_of_stays_with_it(examples: list[Example], max_tokens: int) -> None:
+    batch = collate(examples)
+    batch["labels"] = batch["input_ids"].sum(dim=1)  # padding is 0
+    for piece in split(batch, max_tokens=max_tokens):
+        assert torch.equal(piece["labels"], piece["input_ids"].sum(dim=1))
+
+
+@given(rows=st.integers(1, 20), max_rows=st.integers(1, 8))
+def test_images_are_split_in_order(rows: int, max_rows: int) -> None:
+    batch = {"pixel_values": torch.arange(rows).view(rows, 1, 1, 1), "labels": torch.arange(rows)}
+    pieces = list(split_rows(batch, max_rows=max_rows))
+    assert all(len(piece["labels"]) <= max_rows for piece in pieces)
+    for name, tensor in batch.items():
+        assert torch.equal(torch.cat([piece[name] for piece in pieces]), tensor)

@@ -7,12 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-from uora.data import IGNORED, Example
+from uora.data import IGNORED, Example, Scale
 from uora.models import LocalModel, load_model
 from uora.training.batches import collate, split
-from uora.training.loss import LearnedTokenLoss, keeps_masked_logits, predicting_positions
+from uora.training.loss import (
+    ClassLoss,
+    LearnedTokenLoss,
+    SquaredErrorLoss,
+    keeps_masked_logits,
+    predicting_positions,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,35 @@ def test_gradient_of_the_sum_is_that_of_the_mean() -> None:
     found, logits.grad = logits.grad, None
     torch.nn.functional.cross_entropy(logits[0, 1:3], torch.tensor([3, 5])).backward()
     torch.testing.assert_close(found, logits.grad)
+
+
+def test_classes_are_counted_by_row() -> None:
+    loss = ClassLoss()
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 5.0, 2.0]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1])
+    found = loss(SequenceClassifierOutput(logits=logits), labels, num_items_in_batch=loss.count(labels))
+    assert found.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert loss.training.metrics() == pytest.approx({"loss": found.item(), "accuracy": 2 / 3})
+
+
+def test_numbers_are_learned_on_their_scale_and_counted_in_their_units() -> None:
+    scale = Scale(mean=100.0, deviation=20.0)
+    loss = SquaredErrorLoss(scale)
+    logits = torch.tensor([[0.5], [-1.0], [0.0]], requires_grad=True)
+    labels = torch.tensor([120.0, 90.0, 100.0])
+    found = loss(SequenceClassifierOutput(logits=logits), labels)
+    z = torch.tensor([1.0, -0.5, 0.0])
+    assert found.item() == pytest.approx(torch.nn.functional.mse_loss(logits[:, 0], z).item())
+    assert loss.training.mean_loss == pytest.approx(400.0 * found.item())
+    expected = torch.corrcoef(torch.stack([logits[:, 0].detach(), z]))[0, 1].item()
+    assert loss.training.metrics()["pearson"] == pytest.approx(expected)
+
+
+def test_numbers_that_are_all_the_same_have_no_correlation() -> None:
+    loss = SquaredErrorLoss(Scale(0.0, 1.0))
+    with torch.no_grad():
+        loss(SequenceClassifierOutput(logits=torch.zeros(3, 1)), torch.tensor([1.0, 2.0, 3.0]))
+    assert loss.validation.pearson == 0.0
 
 
 def test_meters_are_separate() -> None:
