@@ -16,6 +16,7 @@ from uora.errors import ShapeError
 from uora.layout import ModuleShape
 from uora.memory import check_memory
 from uora.methods.kinds import method_of
+from uora.quantised import keep_weight_layout
 from uora.spec import AdapterSpec
 from uora.svd import BaseWeights
 from uora.tuner._peft import BaseTunerLayer
@@ -60,6 +61,7 @@ def attach_to(
 ) -> PeftModel:
     """`attach` to exactly these modules."""
     check_memory(spec, modules, device=next(model.parameters()).device)
+    keep_weight_layout(model)
     method = method_of(spec)
     config = cast(Any, method.config(base))
     config.target_modules = {module.name for module in modules}

@@ -21,6 +21,7 @@ from uora.artifact import Artifact, Manifest
 from uora.errors import AdapterNotFoundError, ArtifactError
 from uora.frames import check_fingerprint
 from uora.methods import adapter_fingerprint, check_modules
+from uora.quantised import keep_weight_layout
 from uora.serving.families import ServingFamily, family_of
 from uora.svd import BaseWeights
 
@@ -170,6 +171,7 @@ class AdapterBank:
         self._heads = heads
         self._families: dict[ServingFamily, _FamilyRows] = {}
         self._device = next(model.parameters()).device
+        keep_weight_layout(model)
         for name in targets.linears(model):
             parent_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent_name), attribute, BankedLinear(model.get_submodule(name), name, self))
