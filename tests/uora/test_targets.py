@@ -90,3 +90,8 @@ def test_a_rank_beyond_memory_is_refused(method: str, monkeypatch: pytest.Monkey
     with pytest.raises(RankError, match=r"Rank 64 .* GiB free. Take a rank of \d+ at most") as caught:
         check_memory(spec, modules, device=torch.device("cpu"))
     assert caught.value.param == "r"
+    model = llama()
+    with pytest.raises(RankError):
+        attach(model, spec, base=BaseWeights.of_model(model))
+    assert find(model, "all-linear").keys() == {shape.name for shape in modules}
+    assert not any("lora" in name or "lambda" in name for name, _ in model.named_parameters())  # nothing was put on it
