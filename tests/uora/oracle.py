@@ -1,5 +1,6 @@
-"""The UORA layer and its reinitialisation in NumPy, written from the paper's formulas, sharing no code with the
-torch implementation: frames are arguments, and the frames are mutated step by step as the reference algorithm does.
+"""The methods and UORA's reinitialisation in NumPy, written from the papers' formulas. No code is shared with the torch
+implementation but the frames, which have tests of their own; they are mutated step by step as the reference algorithm
+does.
 """
 
 from __future__ import annotations

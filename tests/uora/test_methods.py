@@ -291,3 +291,13 @@ def test_another_base_model_is_refused(case: Case) -> None:
         probes = {name: [value + 1 for value in values] for name, values in manifest.fingerprint.items()}
         with pytest.raises(FingerprintError, match="expected"):
             load(case, Artifact(manifest.model_copy(update={"fingerprint": probes}), {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_ignores_names_of_adapters(method: str) -> None:
+    """Stock PEFT's VeRA answers every row with the active adapter, whatever is asked for."""
+    case = Case(method, "llama", torch.float32)
+    model = copy.deepcopy(load(case))
+    with pytest.raises((AdapterNotFoundError, ValueError)):
+        answer(model, case.x, adapter_names=["nobody"] * ROWS)
+    assert torch.equal(answer(model, case.x), answer(load(case), case.x))

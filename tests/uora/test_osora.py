@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.uora.toys import ALL_TOYS, VOCABULARY, llama
 from uora import targets
-from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, UnsupportedLayerError
+from uora.errors import FingerprintError, RankError, ShapeError, UnsupportedLayerError
 from uora.osora import OsoraConfig
 from uora.quantised import keep_weight_layout
 from uora.svd import BaseWeights, osora_pair
@@ -214,43 +214,6 @@ def test_mixed_batch_is_row_by_row(toy: str, dtype: torch.dtype) -> None:
         else:
             model.set_adapter(name)
             assert error(mixed[row : row + 1], output(model, one), untouched) < ROUNDING[dtype]
-
-
-def test_generate_with_rows_of_different_adapters() -> None:
-    model = adapted()
-    model.add_adapter("two", config())
-    randomise(model, "two", 7)
-    model.eval()
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    names = ["default", "two", "__base__"]
-    mixed = model.generate(input_ids=IDS, adapter_names=names, **options)
-    for row, name in enumerate(names):
-        alone = model.generate(input_ids=IDS[row : row + 1], adapter_names=[name], **options)
-        assert mixed[row].tolist() == alone[0].tolist()
-
-
-def test_unknown_names_lengths_and_modes_are_refused() -> None:
-    model = adapted()
-    with pytest.raises(AdapterNotFoundError, match="zwo"):
-        model(IDS, adapter_names=["default", "zwo", "default"])
-    with pytest.raises(AdapterNotFoundError, match="1 names for 3 rows"):
-        model(IDS, adapter_names=["default"])
-    with pytest.raises(ValueError, match="inference only"):
-        model.train()(IDS, adapter_names=["default"] * 3)
-    model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="unmerge first"):
-        model(IDS, adapter_names=["default"] * 3)
-
-
-def test_a_forward_that_raises_leaves_nothing_behind() -> None:
-    model = adapted()
-    model.add_adapter("two", config())
-    randomise(model, "two", 7)
-    model.eval()
-    expected = output(model, IDS)  # the active adapter is "default"
-    with pytest.raises(IndexError):
-        model(IDS + 10 * VOCABULARY, adapter_names=["two"] * 3)
-    assert torch.equal(output(model, IDS), expected)
 
 
 def test_second_adapter_delete_and_deepcopy() -> None:

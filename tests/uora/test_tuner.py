@@ -18,7 +18,7 @@ from transformers import RobertaConfig, RobertaModel
 from tests.uora.toys import TOYS, VOCABULARY, adapted, gpt2, llama, load, mlp, output, randomise, store
 from uora.artifact import loads
 from uora.convert import write_lora
-from uora.errors import AdapterNotFoundError, FingerprintError, RankError, ShapeError, SpecError, UnsupportedLayerError
+from uora.errors import FingerprintError, RankError, ShapeError, SpecError, UnsupportedLayerError
 from uora.spec import FrameInit, UoraSpec
 from uora.tuner import UoraConfig, reinitialise
 
@@ -141,43 +141,6 @@ def test_saved_modules_answer_row_by_row() -> None:
             with model.disable_adapter() if name is None else nullcontext():
                 model.set_adapter(name or "default")
                 torch.testing.assert_close(mixed[row : row + 1], _run(model, x[row : row + 1]))
-
-
-def test_generate_with_rows_of_different_adapters() -> None:
-    model = adapted()
-    model.add_adapter("two", UoraConfig(r=8, target_modules="all-linear"))
-    randomise(model, "two", 7)
-    model.eval()
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    names = ["default", "two", "__base__"]
-    mixed = model.generate(input_ids=IDS, adapter_names=names, **options)
-    for row, name in enumerate(names):
-        alone = model.generate(input_ids=IDS[row : row + 1], adapter_names=[name], **options)
-        assert mixed[row].tolist() == alone[0].tolist()
-
-
-def test_unknown_names_lengths_and_modes_are_refused() -> None:
-    model = adapted()
-    with pytest.raises(AdapterNotFoundError, match="zwo"):
-        model(IDS, adapter_names=["default", "zwo", "default"])
-    with pytest.raises(AdapterNotFoundError, match="1 names for 3 rows"):
-        model(IDS, adapter_names=["default"])
-    with pytest.raises(ValueError, match="inference only"):
-        model.train()(IDS, adapter_names=["default"] * 3)
-    model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="unmerge first"):
-        model(IDS, adapter_names=["default"] * 3)
-
-
-def test_a_forward_that_raises_leaves_nothing_behind() -> None:
-    model = adapted()
-    model.add_adapter("two", UoraConfig(r=8, target_modules="all-linear"))
-    randomise(model, "two", 7)
-    model.eval()
-    expected = output(model, IDS)  # the active adapter is "default"
-    with pytest.raises(IndexError):
-        model(IDS + 10 * VOCABULARY, adapter_names=["two"] * 3)
-    assert torch.equal(output(model, IDS), expected)
 
 
 def test_second_adapter_delete_and_deepcopy() -> None:

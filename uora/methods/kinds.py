@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -73,9 +74,18 @@ class _Vera:
             b_rows = frame_tensor(family, "B", 0, layer.out_features, like=like)
             layer.vera_A = _with(layer.vera_A, adapter_name, a)
             layer.vera_B = _with(layer.vera_B, adapter_name, b_rows.T)
+        # PEFT's VeRA has no such hook, and would answer every row of a mixed batch with the active adapter.
+        cast(Any, model.base_model)._enable_peft_forward_hooks = _refuse_mixed_batch
 
     def parameters(self, layer: Any, adapter_name: str) -> dict[str, Tensor]:
         return {"d": layer.vera_lambda_d[adapter_name], "b": layer.vera_lambda_b[adapter_name]}
+
+
+@contextmanager
+def _refuse_mixed_batch(*_args: Any, adapter_names: Sequence[str] | None = None, **_kwargs: Any) -> Iterator[None]:
+    if adapter_names is not None:
+        raise ValueError("PEFT's VeRA cannot mix adapters in a batch; serve them with uora.serving.bank.AdapterBank.")
+    yield
 
 
 def _with(shared: BufferDict, name: str, matrix: Tensor) -> BufferDict:
