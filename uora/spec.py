@@ -172,19 +172,61 @@ class Hyperparameters(_Frozen):
     learning_rate_multiplier: float
 
 
+class TrainingOptions(_Frozen):
+    """How to train, beyond OpenAI's hyperparameters. Names and meanings are those of transformers and TRL."""
+
+    #: Tokens of a row at most; None for the base model's context.
+    max_length: int | None = Field(default=None, ge=8)
+    #: What happens to a longer row: the file is refused, the row is cut at its end, or left out.
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    #: Whether the rows of a batch go through the model end to end, without padding; attention stays within a row.
+    packing: bool = True
+    #: Batches whose gradients are added before the optimizer steps.
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024)
+    #: Norm to which the gradient is cut, transformers' default; 0 for not at all.
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    #: Course of the learning rate after the warm-up.
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    #: Share of the steps in which the learning rate rises from 0.
+    warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    #: AdamW's.
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    #: Whether activations are computed again in the backward pass instead of kept; ``auto`` does it for long rows.
+    gradient_checkpointing: Auto | bool = "auto"
+    #: Peak learning rate of a classifier's head; None for a default times the learning rate multiplier.
+    head_learning_rate: float | None = Field(default=None, gt=0.0, le=100.0)
+    #: Optimizer steps between two evaluations; None for one after each epoch, at most ten in all.
+    eval_steps: int | None = Field(default=None, ge=1)
+    #: Optimizer steps between two saves of the state that a lost run goes on from.
+    save_steps: int = Field(default=20, ge=1)
+    #: Evaluations in a row without a better validation loss after which the run ends; None for never.
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    #: How much lower a validation loss must be to be better.
+    early_stopping_min_delta: float = Field(default=0.0, ge=0.0)
+    #: Whether the result is the adapter of the lowest validation loss instead of the last one.
+    load_best_model_at_end: bool = False
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the run cannot do without a validation file."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+
 class TrainingSpec(_Frozen):
     """One training run."""
 
     adapter: AdapterSpec
     task: Task = "chat"
     hyperparameters: Hyperparameters
-    #: Peak learning rate of the linear decay.
+    options: TrainingOptions = TrainingOptions()
+    #: Peak learning rate.
     learning_rate: float
     seed: int
 
     def total_steps(self, n_examples: int) -> int:
-        """Optimizer steps of the whole run over ``n_examples`` rows."""
-        return math.ceil(n_examples / self.hyperparameters.batch_size) * self.hyperparameters.n_epochs
+        """Optimizer steps of the whole run over ``n_examples`` rows, unless it stops early."""
+        batches = math.ceil(n_examples / self.hyperparameters.batch_size)
+        return math.ceil(batches / self.options.gradient_accumulation_steps) * self.hyperparameters.n_epochs
 
 
 def resolve(
@@ -195,6 +237,7 @@ def resolve(
     seed: int,
     n_examples: int,
     task: Task = "chat",
+    options: TrainingOptions | None = None,
 ) -> TrainingSpec:
     """Replace every ``"auto"`` by a number that suits ``n_examples`` training rows.
 
@@ -205,6 +248,7 @@ def resolve(
         seed: order of the rows, dropout.
         n_examples: rows of the training file.
         task: what to learn.
+        options: how; None for the defaults.
     """
     batch_size = max(1, min(16, n_examples // 8)) if request.batch_size == "auto" else request.batch_size
     # "auto" makes about 60 steps, and at most 10 epochs.
@@ -215,6 +259,7 @@ def resolve(
         adapter=adapter,
         task=task,
         hyperparameters=Hyperparameters(n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=multiplier),
+        options=options or TrainingOptions(),
         learning_rate=(adapter.base_learning_rate if learning_rate is None else learning_rate) * multiplier,
         seed=seed,
     )

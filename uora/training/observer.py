@@ -18,6 +18,7 @@ class StepMetrics:
         train_mean_token_accuracy: share of the learned tokens that the model ranked first, 0..1; None for tasks that
             learn no tokens.
         learning_rate: that this step was made with; a head has its own.
+        gradient_norm: of everything trained, before it is cut.
         tokens_per_second: ``trained_tokens`` over the time spent in steps so far.
         seconds_left: estimate for the rest of the run, evaluations included once one has been seen.
         hits: reinitialisation hits of the run so far; 0 for other methods than UORA.
@@ -30,6 +31,7 @@ class StepMetrics:
     train_loss: float
     train_mean_token_accuracy: float | None
     learning_rate: float
+    gradient_norm: float
     tokens_per_second: float
     seconds_left: float
     hits: int
@@ -79,8 +81,14 @@ class TrainingObserver(Protocol):
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """The adapter was evaluated; its artifact can be kept as a checkpoint."""
 
+    def on_state(self, step: int, state: bytes) -> None:
+        """Everything that another process needs to go on after ``step``: the ``resume`` of `train`."""
+
     def should_stop(self) -> bool:
-        """Asked after every step and every batch of an evaluation; True ends the run with `TrainingStopped`."""
+        """Asked after every step and every batch of an evaluation.
+
+        True ends the run with `TrainingStopped`; before that, ``on_state`` is given the latest step's state.
+        """
 
 
 class TrainingStopped(Exception):
