@@ -40,6 +40,9 @@ class Recorder:
     def on_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations.append(evaluation)
 
+    def on_state(self, step: int, state: bytes) -> None:
+        pass
+
     def should_stop(self) -> bool:
         self.questions += 1
         return self.stop_after is not None and self.questions > self.stop_after

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from uora.svd import Factors, osora_update
 from uora.tuner.additive import AdditiveLinear
+from uora.tuner.pairs import Pair
 
 
 class OsoraLinear(AdditiveLinear):
@@ -36,6 +37,13 @@ class OsoraLinear(AdditiveLinear):
         """``o * (U (s * (V x))) - U (S * (V x))``."""
         factors, o, s = self.factors[adapter_name], self.osora_o[adapter_name], self.osora_s[adapter_name]
         return osora_update(x, factors, o, s)
+
+    def pair(self, adapter_name: str, *, like: Tensor) -> Pair:
+        """V, and ``(diag(o) U diag(s) - U diag(S))^T``."""
+        factors, o, s = self.factors[adapter_name], self.osora_o[adapter_name], self.osora_s[adapter_name]
+        exact = factors.like(s)
+        change = s[:, None] * (o - 1) + (s - exact.s)[:, None]  # of each element of U^T, from small numbers
+        return Pair(factors.like(like).v, (change * exact.u.T).to(like.dtype))
 
     def mixed_update(self, x: Tensor, group: Factors, adapter_names: Sequence[str]) -> Tensor:
         """The same with each row's own o and s."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -10,10 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from uora.data import IGNORED, Example
 from uora.models import Batch
 
+#: What goes through a model at once: a batch's tensors, and what else the model is to know.
+Piece = dict[str, Any]
+
 #: Tokens, padding included, that go through the model at once, by device. It bounds the memory for activations
-#: (measured: about 1 MiB a token for SmolLM2-135M with all linear layers adapted). Small pieces also have less
-#: padding, since rows of similar length go together: 11 % instead of 36 % for batches of 16 movie reviews.
-MAX_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
+#: (``benchmarks.training`` measures it). Small pieces also have less padding, since rows of similar length go together:
+#: 11 % instead of 36 % for batches of 16 movie reviews.
+MAX_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 #: The same for images.
 MAX_IMAGES_AT_ONCE = {"cpu": 8, "cuda": 64}
 
@@ -27,6 +31,13 @@ def collate(examples: Sequence[Example]) -> Batch:
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
+
+
+def unpadded(batch: Batch) -> list[Example]:
+    """The examples that `collate` made a batch of."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
+    return [Example(ids[:length], labels[:length]) for ids, labels, length in rows]
 
 
 def split(batch: Batch, *, max_tokens: int) -> Iterator[Batch]:

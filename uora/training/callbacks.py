@@ -132,6 +132,7 @@ class ProgressCallback(TrainerCallback):
             train_loss=train["loss"],
             train_mean_token_accuracy=train.get("mean_token_accuracy"),
             learning_rate=self._learning_rate,
+            gradient_norm=0.0,
             tokens_per_second=self._clock.per_second(state.num_input_tokens_seen),
             seconds_left=self._clock.seconds_left(state.max_steps - state.global_step),
             hits=self._reinit.hits,

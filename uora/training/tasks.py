@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from uora.data import (
     ChatRow,
@@ -41,7 +42,15 @@ from uora.models import (
     load_tokenizer,
 )
 from uora.spec import Task
-from uora.training.batches import MAX_IMAGES_AT_ONCE, MAX_TOKENS_AT_ONCE, collate, split, split_rows
+from uora.training.batches import (
+    MAX_IMAGES_AT_ONCE,
+    MAX_TOKENS_AT_ONCE,
+    Piece,
+    collate,
+    split,
+    split_rows,
+    unpadded,
+)
 from uora.training.loss import (
     ClassLoss,
     LearnedTokenLoss,
@@ -50,9 +59,10 @@ from uora.training.loss import (
     keeps_masked_logits,
     predicting_positions,
 )
+from uora.training.packing import make_packer
 
 #: How one batch goes through a model: in pieces of bounded size.
-Splitter = Callable[[Batch], Iterator[Batch]]
+Splitter = Callable[[Batch], Iterator[Piece]]
 
 
 class TrainingTask(Protocol):
@@ -87,8 +97,8 @@ class TrainingTask(Protocol):
     def collate(self, examples: Sequence[Any]) -> Batch:
         """One batch, with ``labels``."""
 
-    def splitter(self, model: nn.Module) -> Splitter:
-        """How batches go through this model."""
+    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
+        """How batches go through this model; ``packing``: without padding, where the task and the model allow it."""
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         """Within the context, the model answers as it is to answer for its users."""
@@ -155,14 +165,14 @@ class _Causal:
     def collate(self, examples: Sequence[Example]) -> Batch:
         return collate(examples)
 
-    def splitter(self, model: nn.Module) -> Splitter:
+    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
         masked = keeps_masked_logits(model)
+        packer = make_packer(cast(PreTrainedModel, model.get_base_model())) if packing else None
 
-        def pieces(batch: Batch) -> Iterator[Batch]:
-            for piece in split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["input_ids"].device.type]):
-                # A causal model's tokens never see the padding on their right; without a mask, attention takes a
-                # faster kernel.
-                del piece["attention_mask"]
+        def pieces(batch: Batch) -> Iterator[Piece]:
+            max_tokens = MAX_TOKENS_AT_ONCE[batch["input_ids"].device.type]
+            packed = packer and packer.pieces(unpadded(batch), max_tokens=max_tokens)
+            for piece in packed or _without_mask(split(batch, max_tokens=max_tokens)):
                 if masked:
                     piece["logits_to_keep"] = predicting_positions(piece["labels"])
                 yield piece
@@ -171,6 +181,13 @@ class _Causal:
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def _without_mask(pieces: Iterator[Batch]) -> Iterator[Piece]:
+    """A causal model's tokens never see the padding on their right; without a mask, attention takes a faster kernel."""
+    for piece in pieces:
+        del piece["attention_mask"]
+        yield piece
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class _Texts:
         targets = torch.tensor([example.target for example in examples])
         return self.inputs.collate([example.features for example in examples]) | {"labels": targets}
 
-    def splitter(self, model: nn.Module) -> Splitter:
+    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
         return lambda batch: split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["labels"].device.type])
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
@@ -259,7 +276,7 @@ class _Images:
         targets = torch.tensor([example.target for example in examples])
         return self.inputs.collate([example.image for example in examples]) | {"labels": targets}
 
-    def splitter(self, model: nn.Module) -> Splitter:
+    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
         return lambda batch: split_rows(batch, max_rows=MAX_IMAGES_AT_ONCE[batch["labels"].device.type])
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:

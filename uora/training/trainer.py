@@ -135,6 +135,7 @@ def _run(
         model=model,
         task=task,
         args=_arguments(spec, counts_tokens=task.counts_tokens, recompute_activations=longest > MAX_KEPT_ROW_TOKENS),
+        packing=spec.options.packing,
         head_learning_rate=HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier,
         train_dataset=examples,
         eval_dataset=valid_examples or None,
@@ -210,6 +211,7 @@ class _PiecewiseTrainer(Trainer):
         model: PeftModel,
         task: TrainingTask,
         args: TrainingArguments,
+        packing: bool,
         head_learning_rate: float,
         **kwargs: Any,
     ) -> None:
@@ -224,7 +226,7 @@ class _PiecewiseTrainer(Trainer):
             **kwargs,
         )
         self._count = task.loss.count
-        self._pieces = task.splitter(model)
+        self._pieces = task.splitter(model, packing=packing)
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward; returns the batch's loss."""

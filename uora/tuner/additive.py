@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from uora.errors import ShapeError, UnsupportedLayerError
 from uora.quantised import keep_weight_layout
 from uora.tuner._peft import BaseTunerLayer, check_adapters_to_merge, get_in_out_features
+from uora.tuner.pairs import Pair, Segment, add_pairs
 from uora.tuner.rows import MixedBatchModel, RowAdapters
 
 
@@ -49,6 +50,10 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """One adapter's update ``(..., out)`` for activations ``(..., in)``."""
+
+    @abstractmethod
+    def pair(self, adapter_name: str, *, like: Tensor) -> Pair:
+        """The same update as two factors, in the device and dtype of ``like``, differentiable in what is trained."""
 
     @abstractmethod
     def mixed_update(self, x: Tensor, group: Any, adapter_names: Sequence[str]) -> Tensor:
@@ -118,6 +123,8 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
         """Base layer plus the updates of the active adapters, or of each row's own in a mixed batch."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.training and torch.is_grad_enabled() and not (self.disable_adapters or self.merged):
+            return self._forward_training(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -127,6 +134,18 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
             if self.has(name):
                 result = result + self.update(self.dropout[name](x), name).to(result.dtype)
         return result
+
+    def _forward_training(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The same, with the least to compute and to keep for a backward pass (``uora.tuner.pairs``)."""
+        # As a matrix from here on: what a linear layer makes of more dimensions is a view, not to be written to.
+        result: Tensor = self.base_layer(x.reshape(-1, x.shape[-1]), *args, **kwargs)
+        whole = [Segment(0, len(result))]
+        for name in self.active_adapters:
+            if self.has(name):
+                a, c = self.pair(name, like=result)
+                z = self.rows.products.project(self.dropout[name](x).to(a.dtype), a)
+                result = add_pairs(result, z.reshape(-1, len(a)), [c], whole)
+        return result.view(*x.shape[:-1], -1)
 
     def _forward_rows(self, x: Tensor, result: Tensor) -> Tensor:
         for group, rows, names in self.rows.groups(x.shape[0], lambda n: self.group_of(n) if self.has(n) else None):

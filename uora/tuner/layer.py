@@ -14,6 +14,7 @@ from uora.reinit import ReinitRule, blend, weights
 from uora.tuner._peft import BufferDict
 from uora.tuner.additive import AdditiveLinear
 from uora.tuner.config import UoraConfig
+from uora.tuner.pairs import Pair, scaled_rows
 
 
 class AdapterFrames:
@@ -120,6 +121,13 @@ class UoraLinear(AdditiveLinear):
     def update(self, x: Tensor, adapter_name: str) -> Tensor:
         """``b * (B (d * (A x)))``."""
         return delta(x, *self._factors(adapter_name, like=x))
+
+    def pair(self, adapter_name: str, *, like: Tensor) -> Pair:
+        """A, and ``(diag(b) B diag(d))^T``."""
+        frames = self.frames[adapter_name]
+        d, b = self.uora_lambda_d[adapter_name], self.uora_lambda_b[adapter_name]
+        rows = frames.get("B", self.out_features, like=d)
+        return Pair(frames.get("A", self.in_features, like=like), scaled_rows(rows, d, b, dtype=like.dtype))
 
     def mixed_update(self, x: Tensor, group: Family, adapter_names: Sequence[str]) -> Tensor:
         """The same with each row's own d, b and w."""

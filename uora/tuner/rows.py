@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uora.errors import AdapterNotFoundError
 from uora.tuner._peft import BaseTuner, ModulesToSaveWrapper
+from uora.tuner.pairs import SharedProducts
 
 #: PEFT's name for "no adapter" in ``adapter_names``.
 BASE = "__base__"
@@ -28,6 +29,8 @@ class RowAdapters:
     """
 
     names: tuple[str, ...] | None = None
+    #: What layers with the same input share in training.
+    products: SharedProducts = field(default_factory=SharedProducts)
 
     def groups(
         self, batch: int, group_of: Callable[[str], Group | None]

@@ -177,7 +177,7 @@ def test_recomputed_activations_give_the_same_adapter(run: Run, monkeypatch: pyt
     monkeypatch.setattr(trainer, "MAX_KEPT_ROW_TOKENS", 1)
     result = run(make_spec(), make_dataset(8))
 
-    assert len(calls) > 1.5 * kept_calls
+    assert len(calls) == kept_calls + 2 * result.steps  # the model has two layers
     np.testing.assert_allclose(loads(result.artifact).tensors["b"], loads(reference.artifact).tensors["b"], atol=2e-3)
 
 

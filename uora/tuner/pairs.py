@@ -1,0 +1,134 @@
+"""The training forward of a low-rank update: ``y = W0 x + (A x) C`` with ``C = (diag(b) B diag(d))^T``.
+
+Written so that nothing of the size of the activations is made or kept beyond the base layer's own output: the vectors
+scale the frame B, which is small, instead of the activations; the product is added to the base layer's output in place;
+only ``A x`` (r numbers a token) is kept for the backward pass, whose one product ``(A x)^T g`` gives the gradients of
+all vectors. ``A x`` is computed once for the layers that are given the same x (query, key and value; gate and up).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional as F
+
+
+class Pair(NamedTuple):
+    """A low-rank update ``(A x) C`` in the dtype of the activations."""
+
+    a: Tensor  # (r, in)
+    c: Tensor  # (r, out)
+
+
+def scaled_rows(rows: Tensor, d: Tensor, b: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``diag(d) rows diag(b)``, computed in float32 and rounded once; differentiable in d and b.
+
+    Args:
+        rows: frame B as rows, float32 ``(r, out)``.
+        d: ``(r,)``.
+        b: ``(out,)``.
+        dtype: of the result, ``(r, out)``.
+    """
+    return cast(Tensor, _ScaledRows.apply(rows, d, b, dtype))
+
+
+class _ScaledRows(Function):
+    """Keeps the vectors and the frame for the backward pass, and no product of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(rows, d, b)
+        return (d[:, None] * rows).mul_(b).to(dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        rows, d, b = ctx.saved_tensors
+        both = gradient * rows  # (r, out), float32
+        return None, both @ b, d @ both, None
+
+
+class SharedProducts:
+    """``A x`` of the latest x, for the layers that are given the same x one after the other."""
+
+    def __init__(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._key: tuple[int, int, bool] | None = None
+        self._products: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        """``A x``.
+
+        Args:
+            x: activations, ``(..., in)``.
+            a: ``(r, in)``.
+
+        Returns:
+            ``(..., r)``.
+        """
+        # The same tensor, not written to since, and a product that is part of the graph if this one is to be.
+        if self._x is None or self._x() is not x or self._key != (x._version, a._version, torch.is_grad_enabled()):
+            self._x, self._products = weakref.ref(x), {}
+            self._key = x._version, a._version, torch.is_grad_enabled()
+        if id(a) not in self._products:
+            self._products[id(a)] = a, F.linear(x, a)  # with a itself, so that its id stays its own
+        return self._products[id(a)][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts empty."""
+        return {"_x": None, "_key": None, "_products": {}}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens ``start:stop`` of a packed sequence, which belong to one adapter."""
+
+    start: int
+    stop: int
+
+
+def add_pairs(base: Tensor, z: Tensor, cs: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """Add ``z C`` to the base layer's output, in place; each segment of the tokens has its own C.
+
+    Args:
+        base: ``(tokens, out)``, which nobody else needs.
+        z: ``A x``, ``(tokens, r)``.
+        cs: a ``(r, out)`` for each segment.
+        segments: the whole of the tokens, in order.
+
+    Returns:
+        ``base``, as a part of the graph.
+    """
+    return cast(Tensor, _AddPairs.apply(base, z, tuple(segments), *cs))
+
+
+class _AddPairs(Function):
+    """Keeps z and the Cs. One function for all segments: autograd would copy the whole for each write to a part."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, z: Tensor, segments: tuple[Segment, ...], *cs: Tensor) -> Tensor:
+        ctx.save_for_backward(z, *cs)
+        ctx.segments = segments
+        for segment, c in zip(segments, cs, strict=True):
+            base[segment.start : segment.stop].addmm_(z[segment.start : segment.stop], c)
+        ctx.mark_dirty(base)
+        return base
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, *cs = ctx.saved_tensors
+        of_z = torch.empty_like(z) if ctx.needs_input_grad[1] else None
+        of_cs = []
+        for segment, c in zip(ctx.segments, cs, strict=True):
+            own = gradient[segment.start : segment.stop]
+            if of_z is not None:
+                torch.mm(own, c.T, out=of_z[segment.start : segment.stop])
+            of_cs.append(z[segment.start : segment.stop].T @ own)
+        return gradient, of_z, None, *of_cs
