@@ -47,7 +47,7 @@ class _ScaledRows(Function):
         return (d[:, None] * rows).mul_(b).to(dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
         rows, d, b = ctx.saved_tensors
         both = gradient * rows  # (r, out), float32
