@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uora.errors import UoraError
+from uora.methods import adapted_layers
+from uora.spec import AdapterSpec, OloraSpec
 from uora.training.loss import TaskLoss
 from uora.training.observer import Evaluation, StepMetrics, TrainingObserver, TrainingStopped
 from uora.training.processes import merged
@@ -45,6 +47,36 @@ class ReinitialiseCallback(TrainerCallback):
     def restore(self, state: Json) -> None:
         """Go on counting from there."""
         self.hits = state["hits"]
+
+
+class InitialPairCallback(TrainerCallback):
+    """Keeps OLoRA's initial pair out of weight decay, which takes from every number of a parameter.
+
+    The pair is the second half of a parameter, and its gradient is zero.
+    """
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._spec = spec
+        self._pairs: list[Tensor] = []
+        self._initial: list[Tensor] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember it, if there is one and anything decays."""
+        if not isinstance(self._spec, OloraSpec) or args.weight_decay == 0.0:
+            return
+        r = self._spec.r
+        for layer in adapted_layers(kwargs["model"]).values():
+            self._pairs += [layer.lora_A["default"].weight.detach()[r:], layer.lora_B["default"].weight.detach()[:, r:]]
+        self._initial = [half.clone() for half in self._pairs]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put it back."""
+        for half, initial in zip(self._pairs, self._initial, strict=True):
+            half.copy_(initial)
 
 
 @dataclasses.dataclass

@@ -27,6 +27,7 @@ from uora.training.callbacks import (
     Best,
     DivergenceCallback,
     EvaluationCallback,
+    InitialPairCallback,
     LatestGradient,
     ProgressCallback,
     ReinitialiseCallback,
@@ -232,7 +233,15 @@ def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> Trainin
         batch=batch,
         train_dataset=run.examples,
         eval_dataset=run.valid_examples or None,
-        callbacks=[DivergenceCallback(loss, gradient), reinit, progress, evaluation, states, stop],
+        callbacks=[
+            DivergenceCallback(loss, gradient),
+            InitialPairCallback(spec.adapter),
+            reinit,
+            progress,
+            evaluation,
+            states,
+            stop,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     observer.on_start(run.total_steps)
