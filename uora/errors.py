@@ -10,6 +10,8 @@ UoraError                     code, param: stable names a service can pass on
   ├── DataError               a data set that cannot be trained on; names its line
   ├── BaseModelError          an unknown, unreachable or damaged base model
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
+  ├── StateError              the state of a run that cannot be gone on from
+  ├── OutOfMemory             a training that needs more memory than there is
   └── ArtifactError           a stored adapter that must not be served
         ├── FormatError           not an adapter
         │     └── NewerFormatError  an adapter of a newer format version
@@ -94,6 +96,18 @@ class AdapterNotFoundError(UoraError):
     """A row asks for an adapter that is not loaded. It is never answered by the base model instead."""
 
     code = "adapter_not_found"
+
+
+class StateError(UoraError):
+    """The state of a run that cannot be gone on from: damaged, or of another run."""
+
+    code = "invalid_training_state"
+
+
+class OutOfMemory(UoraError):
+    """A training that needs more memory than there is."""
+
+    code = "out_of_memory"
 
 
 class ArtifactError(UoraError):

@@ -29,6 +29,7 @@ class Recorder:
     total_steps: list[int] = field(default_factory=list)
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    states: dict[int, bytes] = field(default_factory=dict)
     questions: int = 0
 
     def on_start(self, total_steps: int) -> None:
@@ -41,7 +42,7 @@ class Recorder:
         self.evaluations.append(evaluation)
 
     def on_state(self, step: int, state: bytes) -> None:
-        pass
+        self.states[step] = state
 
     def should_stop(self) -> bool:
         self.questions += 1

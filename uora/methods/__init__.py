@@ -6,7 +6,13 @@ for all.
 """
 
 from uora.methods.attaching import adapted_layers, attach
-from uora.methods.storing import adapter_fingerprint, check_modules, export_artifact, load_artifact
+from uora.methods.storing import (
+    adapter_fingerprint,
+    check_modules,
+    export_artifact,
+    load_artifact,
+    restore_artifact,
+)
 
 __all__ = [
     "adapted_layers",
@@ -15,4 +21,5 @@ __all__ = [
     "check_modules",
     "export_artifact",
     "load_artifact",
+    "restore_artifact",
 ]

@@ -103,13 +103,27 @@ def load_artifact(
         ShapeError: the model has no such modules, or of other sizes.
     """
     manifest = artifact.manifest
-    check_modules(base_model(model), manifest)
-    found = adapter_fingerprint(manifest.adapter, manifest.modules, base)
-    check_fingerprint(manifest.fingerprint, found)
+    _check(base_model(model), manifest, base)
     head = sorted({name.rpartition(".")[0] for name in manifest.head})
     peft_model = attach_to(model, manifest.adapter, manifest.modules, base=base, adapter_name=adapter_name, head=head)
     _restore(peft_model, artifact, adapter_name)
     return peft_model
+
+
+def restore_artifact(model: PeftModel, artifact: Artifact, *, base: BaseWeights, adapter_name: str = "default") -> None:
+    """Write a stored adapter's numbers over those of an adapter of the same kind that is on the model.
+
+    Raises:
+        FingerprintError, ShapeError: as for `load_artifact`.
+    """
+    _check(base_model(model), artifact.manifest, base)
+    _restore(model, artifact, adapter_name)
+
+
+def _check(model: nn.Module, manifest: Manifest, base: BaseWeights) -> None:
+    check_modules(model, manifest)
+    found = adapter_fingerprint(manifest.adapter, manifest.modules, base)
+    check_fingerprint(manifest.fingerprint, found)
 
 
 def check_modules(base_model: nn.Module, manifest: Manifest) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uora.errors import UoraError
+from uora.methods import adapted_layers
+from uora.spec import AdapterSpec, OloraSpec
 from uora.training.loss import TaskLoss
 from uora.training.observer import Evaluation, StepMetrics, TrainingObserver, TrainingStopped
+from uora.training.processes import merged
+from uora.training.state import Json, Resumable, RngState, RunState, changing_tensors, dumps
 from uora.tuner import reinitialise
 
 
@@ -34,18 +40,66 @@ class ReinitialiseCallback(TrainerCallback):
         if self._enabled:
             self.hits += reinitialise(kwargs["model"], step=state.global_step + 1)
 
+    def state(self) -> Json:
+        """The hits."""
+        return {"hits": self.hits}
+
+    def restore(self, state: Json) -> None:
+        """Go on counting from there."""
+        self.hits = state["hits"]
+
+
+class InitialPairCallback(TrainerCallback):
+    """Keeps OLoRA's initial pair out of weight decay, which takes from every number of a parameter.
+
+    The pair is the second half of a parameter, and its gradient is zero.
+    """
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._spec = spec
+        self._pairs: list[Tensor] = []
+        self._initial: list[Tensor] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember it, if there is one and anything decays."""
+        if not isinstance(self._spec, OloraSpec) or args.weight_decay == 0.0:
+            return
+        r = self._spec.r
+        for layer in adapted_layers(kwargs["model"]).values():
+            self._pairs += [layer.lora_A["default"].weight.detach()[r:], layer.lora_B["default"].weight.detach()[:, r:]]
+        self._initial = [half.clone() for half in self._pairs]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put it back."""
+        for half, initial in zip(self._pairs, self._initial, strict=True):
+            half.copy_(initial)
+
+
+@dataclasses.dataclass
+class LatestGradient:
+    """What is known of the latest step's gradient."""
+
+    #: Of everything trained, before it is cut.
+    norm: float = 0.0
+
 
 class DivergenceCallback(TrainerCallback):
-    """Ends a run whose loss or adapter is no number any more."""
+    """Ends a run whose loss, gradient or adapter is no number any more."""
 
-    def __init__(self, loss: TaskLoss[Any]) -> None:
+    def __init__(self, loss: TaskLoss[Any], gradient: LatestGradient) -> None:
         self._loss = loss
+        self._gradient = gradient
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The loss of this step."""
+        """The loss and the gradient of this step."""
         self._expect(self._loss.training.is_finite, "training loss", step=state.global_step + 1)
+        self._expect(math.isfinite(self._gradient.norm), "gradient", step=state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The adapter, its head included, that this step wrote."""
@@ -94,19 +148,33 @@ class ProgressCallback(TrainerCallback):
     """Tells the observer about every step."""
 
     def __init__(
-        self, observer: TrainingObserver, *, loss: TaskLoss[Any], reinit: ReinitialiseCallback, clock: RunClock
+        self,
+        observer: TrainingObserver,
+        *,
+        loss: TaskLoss[Any],
+        gradient: LatestGradient,
+        reinit: ReinitialiseCallback,
+        clock: RunClock,
     ) -> None:
         self._observer = observer
         self._loss = loss
+        self._gradient = gradient
         self._reinit = reinit
         self._clock = clock
         self._learning_rate = 0.0
-        #: The latest step's, None before the first.
-        self.latest: StepMetrics | None = None
+        self._train_metrics: dict[str, float] = {}
 
     def metrics(self) -> dict[str, float]:
         """The latest step's loss and quality, and the hits, as an evaluation has them."""
-        return _prefixed("train_", self._loss.training.metrics()) | self._reinit.metrics()
+        return _prefixed("train_", self._train_metrics) | self._reinit.metrics()
+
+    def state(self) -> Json:
+        """The latest step's loss and quality."""
+        return {"train_metrics": self._train_metrics}
+
+    def restore(self, state: Json) -> None:
+        """Take another step's for the latest."""
+        self._train_metrics = state["train_metrics"]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,71 +193,171 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report."""
         self._clock.step_ends()
-        train = self._loss.training.metrics()
-        self.latest = StepMetrics(
-            step=state.global_step,
-            total_steps=state.max_steps,
-            train_loss=train["loss"],
-            train_mean_token_accuracy=train.get("mean_token_accuracy"),
-            learning_rate=self._learning_rate,
-            gradient_norm=0.0,
-            tokens_per_second=self._clock.per_second(state.num_input_tokens_seen),
-            seconds_left=self._clock.seconds_left(state.max_steps - state.global_step),
-            hits=self._reinit.hits,
-            trained_tokens=state.num_input_tokens_seen,
+        train = self._train_metrics = merged(self._loss.training).metrics()
+        self._observer.on_step(
+            StepMetrics(
+                step=state.global_step,
+                total_steps=state.max_steps,
+                train_loss=train["loss"],
+                train_mean_token_accuracy=train.get("mean_token_accuracy"),
+                learning_rate=self._learning_rate,
+                gradient_norm=self._gradient.norm,
+                tokens_per_second=self._clock.per_second(state.num_input_tokens_seen),
+                seconds_left=self._clock.seconds_left(state.max_steps - state.global_step),
+                hits=self._reinit.hits,
+                trained_tokens=state.num_input_tokens_seen,
+            )
         )
-        self._observer.on_step(self.latest)
+
+
+class Best:
+    """The evaluation with the lowest validation loss, and how many there were since."""
+
+    def __init__(self, *, min_delta: float, patience: int | None, keep: bool) -> None:
+        self._min_delta = min_delta
+        self._patience = patience
+        self._keep = keep
+        self._loss: float | None = None
+        self._without_better = 0
+        #: Of the lowest loss so far; None without a validation set.
+        self.step: int | None = None
+        #: It itself, if it is to be kept.
+        self.evaluation: Evaluation | None = None
+
+    @property
+    def is_patience_over(self) -> bool:
+        """Whether the run should end."""
+        return self._patience is not None and self._without_better >= self._patience
+
+    def consider(self, evaluation: Evaluation) -> None:
+        """Compare one more evaluation on a validation set."""
+        loss = evaluation.metrics["valid_loss"]
+        is_better = self._loss is None or loss < self._loss - self._min_delta
+        self._without_better = 0 if is_better else self._without_better + 1
+        if self._loss is None or loss < self._loss:
+            self._loss, self.step = loss, evaluation.step
+            self.evaluation = evaluation if self._keep else None
+
+    def state(self) -> Json:
+        """The losses so far; the evaluation itself is stored apart."""
+        return {"step": self.step, "loss": self._loss, "without_better": self._without_better}
+
+    def restore(self, state: Json) -> None:
+        """Go on comparing from there."""
+        self.step, self._loss, self._without_better = state["step"], state["loss"], state["without_better"]
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates after some epochs, the last one always among them, and hands the adapter to the observer."""
+    """Evaluates after some steps, and hands the adapter to the observer."""
 
     def __init__(
         self,
         observer: TrainingObserver,
         *,
-        epochs: frozenset[int],
+        steps: frozenset[int],
         progress: ProgressCallback,
+        best: Best,
         loss: TaskLoss[Any],
         clock: RunClock,
         has_validation: bool,
         export: Callable[[dict[str, float]], bytes],
     ) -> None:
         self._observer = observer
-        self._epochs = epochs
+        self._steps = steps
         self._progress = progress
+        self._best = best
         self._loss = loss
         self._clock = clock
         self._has_validation = has_validation
         self._export = export
-        self._epochs_done = 0
         #: The latest, None before the first.
         self.latest: Evaluation | None = None
 
-    def on_epoch_end(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the Trainer for an evaluation, or make one of the training metrics alone."""
-        self._epochs_done += 1
-        if self._epochs_done not in self._epochs:
-            return
-        self._clock.evaluation_begins()
-        self._loss.reset_validation()
-        if self._has_validation:
+        """A run that goes on where an evaluation was due begins with it (``eval_on_start``)."""
+        if state.global_step in self._steps:
+            self._begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer for an evaluation."""
+        if state.global_step in self._steps:
+            self._begin()
             control.should_evaluate = True
-        else:
-            self._publish(state.global_step, {})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The Trainer has run the model over the validation set."""
-        valid = _prefixed("valid_", self._loss.validation.metrics())
-        self._publish(state.global_step, valid | _prefixed("full_", valid))
-
-    def _publish(self, step: int, valid_metrics: dict[str, float]) -> None:
-        metrics = {"step": float(step), **self._progress.metrics(), **valid_metrics}
-        self.latest = Evaluation(step, metrics, self._export(metrics))
+        """The Trainer has run the model over the validation set, if there is one."""
+        valid = _prefixed("valid_", self._loss.validation.metrics()) if self._has_validation else {}
+        metrics = {"step": float(state.global_step), **self._progress.metrics(), **valid, **_prefixed("full_", valid)}
+        self.latest = Evaluation(state.global_step, metrics, self._export(metrics))
         self._clock.evaluation_ends()
         self._observer.on_evaluation(self.latest)
+        if self._has_validation:
+            self._best.consider(self.latest)
+            control.should_training_stop |= self._best.is_patience_over
+
+    def _begin(self) -> None:
+        self._clock.evaluation_begins()
+        self._loss.reset_validation()
+
+
+class StateCallback(TrainerCallback):
+    """Hands the observer the state of the run: every few steps, before evaluations, and on demand."""
+
+    def __init__(
+        self,
+        observer: TrainingObserver,
+        *,
+        run: Json,
+        every: int,
+        evaluation_steps: frozenset[int],
+        parts: Mapping[str, Resumable],
+        best: Best,
+        handed_over: int = 0,
+    ) -> None:
+        self._observer = observer
+        self._run = run
+        self._every = every
+        self._evaluation_steps = evaluation_steps
+        self._parts = parts
+        self._best = best
+        self._handed_over = handed_over
+        self._model: dict[str, Tensor] = {}
+        self._latest: RunState | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find what changes in the model; it stays where it is."""
+        self._model = changing_tensors(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer is about to write over the latest state."""
+        self._latest = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the state."""
+        self._latest = RunState(
+            run=self._run,
+            trainer=dataclasses.asdict(dataclasses.replace(state, log_history=[])),
+            model=self._model,
+            optimizer=kwargs["optimizer"].state_dict(),
+            scheduler=kwargs["lr_scheduler"].state_dict(),
+            rng=RngState.capture(),
+            parts={name: part.state() for name, part in self._parts.items()},
+            best=self._best.evaluation,
+        )
+        if state.global_step % self._every == 0 or state.global_step in self._evaluation_steps:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Give the observer the latest state, unless it has it or the optimizer has begun to write over it."""
+        if self._latest is not None and self._latest.step > self._handed_over:
+            self._observer.on_state(self._latest.step, dumps(self._latest))
+            self._handed_over = self._latest.step
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -233,3 +401,17 @@ class RunClock:
         """Estimated seconds for the rest."""
         per_step = self._in_steps / max(self._steps, 1)
         return steps_left * per_step + self._evaluations_left * self._last_evaluation
+
+    def state(self) -> Json:
+        """The times so far."""
+        return {
+            "in_steps": self._in_steps,
+            "steps": self._steps,
+            "last_evaluation": self._last_evaluation,
+            "evaluations_left": self._evaluations_left,
+        }
+
+    def restore(self, state: Json) -> None:
+        """Go on from there."""
+        self._in_steps, self._steps = state["in_steps"], state["steps"]
+        self._last_evaluation, self._evaluations_left = state["last_evaluation"], state["evaluations_left"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class Meter(ABC):
         self.loss_sum += loss_sum.item()
         self.count += len(targets)
 
+    def merge(self, other: Self) -> None:
+        """Count what another meter has counted."""
+        self.loss_sum += other.loss_sum
+        self.count += other.count
+
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """``loss`` and how good the predictions are."""
@@ -60,6 +66,11 @@ class AccuracyMeter(Meter):
         """Count one batch: logits ``(n, classes)``, targets ``(n,)``."""
         super().add(predictions, targets, loss_sum)
         self.correct += int((predictions.argmax(dim=-1) == targets).sum())
+
+    def merge(self, other: Self) -> None:
+        """Count what another meter has counted."""
+        super().merge(other)
+        self.correct += other.correct
 
     def metrics(self) -> dict[str, float]:
         """``loss`` in nats, and the share of right predictions."""
@@ -85,6 +96,12 @@ class NumberMeter(Meter):
         super().add(predictions, targets, loss_sum)
         self._predictions += predictions.tolist()
         self._targets += targets.tolist()
+
+    def merge(self, other: Self) -> None:
+        """Count what another meter has counted."""
+        super().merge(other)
+        self._predictions += other._predictions
+        self._targets += other._targets
 
     @property
     def pearson(self) -> float:
@@ -120,6 +137,15 @@ class TaskLoss(ABC, Generic[MeterT]):
     def reset_validation(self) -> None:
         """Forget the rest."""
         self.validation = self._meter()
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Within the context, what is seen with gradients is not counted."""
+        counted, self.training = self.training, self._meter()
+        try:
+            yield
+        finally:
+            self.training = counted
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The sum of losses over ``num_items_in_batch``, the `count` of the whole optimizer step.

@@ -58,8 +58,15 @@ class Evaluation:
 class TrainingResult:
     """A finished run.
 
-    ``artifact`` and ``metrics`` are those of the evaluation after the last step; ``trained_tokens`` and ``hits``
-    count as in `StepMetrics`.
+    Attributes:
+        artifact: the adapter of the last evaluation, which is made after the last step; with
+            ``load_best_model_at_end``, of the one with the lowest validation loss.
+        trained_tokens: as in `StepMetrics`.
+        steps: optimizer steps made.
+        hits: as in `StepMetrics`.
+        metrics: of the evaluation that ``artifact`` is of.
+        stopped_early: whether the validation loss ended the run before its last step.
+        best_step: of the evaluation with the lowest validation loss; None without a validation set.
     """
 
     artifact: bytes
@@ -67,6 +74,8 @@ class TrainingResult:
     steps: int
     hits: int
     metrics: dict[str, float]
+    stopped_early: bool = False
+    best_step: int | None = None
 
 
 class TrainingObserver(Protocol):

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from uora.data import (
+    IGNORED,
     ChatRow,
     CompletionRow,
     Dataset,
@@ -30,6 +31,7 @@ from uora.data import (
     encode_rows,
     template_sha256,
 )
+from uora.errors import DataError
 from uora.models import (
     Batch,
     Features,
@@ -41,7 +43,7 @@ from uora.models import (
     load_text_inputs,
     load_tokenizer,
 )
-from uora.spec import Task
+from uora.spec import Task, TrainingOptions
 from uora.training.batches import (
     MAX_IMAGES_AT_ONCE,
     MAX_TOKENS_AT_ONCE,
@@ -103,26 +105,37 @@ class TrainingTask(Protocol):
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         """Within the context, the model answers as it is to answer for its users."""
 
+    def take_stored(self, model: PeftModel) -> None:
+        """Turn a model that answers for its users into one that learns."""
 
-def training_task(task: Task, base: LocalModel, training: Dataset[Row]) -> TrainingTask:
+
+def training_task(
+    task: Task, base: LocalModel, training: Dataset[Row], *, options: TrainingOptions | None = None
+) -> TrainingTask:
     """The strategy of ``task`` for a base model and a training file, from which classes take their names.
+
+    ``options`` say how long rows may be; None for the defaults.
 
     Raises:
         BaseModelError: the base model has no tokenizer or image processor for it.
         DataError: there are fewer than two classes.
     """
+    options = options or TrainingOptions()
     match task:
         case "chat":
             tokenizer = load_tokenizer(base)
             return _Causal(
                 lambda row: encode_chat(cast(ChatRow, row), tokenizer),
-                max_tokens=context_tokens(base),
+                max_tokens=_max_tokens(base, options),
+                overlong=options.overlong,
                 chat_template_sha256=template_sha256(tokenizer),
             )
         case "completion":
             tokenizer = load_tokenizer(base)
             return _Causal(
-                lambda row: encode_completion(cast(CompletionRow, row), tokenizer), max_tokens=context_tokens(base)
+                lambda row: encode_completion(cast(CompletionRow, row), tokenizer),
+                max_tokens=_max_tokens(base, options),
+                overlong=options.overlong,
             )
         case "classification":
             return _Texts(load_text_inputs(base), ClassLoss(), _labels(training))
@@ -130,6 +143,11 @@ def training_task(task: Task, base: LocalModel, training: Dataset[Row]) -> Train
             return _Texts(load_text_inputs(base), SquaredErrorLoss(scale := _scale(training)), scale=scale)
         case "image-classification":
             return _Images(load_image_inputs(base), _labels(training))
+
+
+def _max_tokens(base: LocalModel, options: TrainingOptions) -> int:
+    context = context_tokens(base)
+    return context if options.max_length is None else min(context, options.max_length)
 
 
 def _labels(training: Dataset[Row]) -> tuple[str, ...]:
@@ -146,18 +164,24 @@ class _Causal:
 
     encode: Callable[[Row], Example]
     max_tokens: int
+    overlong: Literal["error", "truncate", "drop"] = "error"
     chat_template_sha256: str | None = None
     loss: LearnedTokenLoss = field(default_factory=LearnedTokenLoss)
     labels: tuple[str, ...] = ()
     counts_tokens: bool = True
 
     def examples(self, dataset: Dataset[Row]) -> list[Example]:
-        return list(encode_rows(dataset, self._example))
+        examples = [example for example in encode_rows(dataset, self._example) if example is not None]
+        if not examples:
+            raise DataError(
+                f"Every row is longer than {self.max_tokens} tokens, so none is left. Raise max_length, or set "
+                "overlong to truncate.",
+                code="example_too_long",
+            )
+        return examples
 
-    def _example(self, row: Row) -> Example:
-        example = self.encode(row)
-        check_length(len(example.input_ids), max_tokens=self.max_tokens)
-        return example
+    def _example(self, row: Row) -> Example | None:
+        return _fit(self.encode(row), self.max_tokens, self.overlong)
 
     def length(self, example: Example) -> int:
         return len(example.input_ids)
@@ -181,6 +205,19 @@ class _Causal:
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def take_stored(self, model: PeftModel) -> None:
+        pass
+
+
+def _fit(example: Example, max_tokens: int, overlong: Literal["error", "truncate", "drop"]) -> Example | None:
+    """The example as it is trained on; None for not at all."""
+    if overlong == "error":
+        check_length(len(example.input_ids), max_tokens=max_tokens)
+    if len(example.input_ids) <= max_tokens:
+        return example
+    cut = Example(example.input_ids[:max_tokens], example.labels[:max_tokens])
+    return cut if overlong == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
 
 
 def _without_mask(pieces: Iterator[Batch]) -> Iterator[Piece]:
@@ -226,6 +263,13 @@ class _Texts:
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         return nullcontext() if self.scale is None else _rescaled(_output_layer(model), self.scale)
+
+    @torch.no_grad()
+    def take_stored(self, model: PeftModel) -> None:
+        if self.scale is not None:
+            layer = _output_layer(model)
+            layer.weight.div_(self.scale.deviation)
+            layer.bias.sub_(self.scale.mean).div_(self.scale.deviation)
 
 
 def _output_layer(model: PeftModel) -> nn.Linear:
@@ -281,3 +325,6 @@ class _Images:
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def take_stored(self, model: PeftModel) -> None:
+        pass

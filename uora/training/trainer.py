@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
-from uora.artifact import Provenance
+from uora.artifact import Artifact, Provenance
 from uora.data import Dataset, Row
+from uora.errors import SpecError, UoraError
 from uora.methods import attach, export_artifact
-from uora.models import Batch, LocalModel, head_modules, load_model
+from uora.models import LocalModel, head_modules, load_model
 from uora.spec import TrainingSpec, UoraSpec
 from uora.svd import BaseWeights
+from uora.training import state
 from uora.training.callbacks import (
+    Best,
     DivergenceCallback,
     EvaluationCallback,
+    InitialPairCallback,
+    LatestGradient,
     ProgressCallback,
     ReinitialiseCallback,
     RunClock,
+    StateCallback,
     StopCallback,
 )
-from uora.training.observer import TrainingObserver, TrainingResult
+from uora.training.loop import PiecewiseTrainer, arguments, device
+from uora.training.memory import LatestBatch, explained_memory_errors
+from uora.training.observer import TrainingObserver, TrainingResult, TrainingStopped
+from uora.training.processes import FirstProcessObserver
+from uora.training.state import Json, Resumable, RunState
 from uora.training.tasks import TrainingTask, training_task
+from uora.training.warm_start import start_from
 
-#: Evaluations, each of which makes a checkpoint, in one run.
+#: Evaluations, each of which makes a checkpoint, in a run that does not say how often it wants them.
 MAX_EVALUATIONS = 10
 #: With a row longer than this, activations are recomputed in the backward pass instead of kept.
 MAX_KEPT_ROW_TOKENS = 2048
 #: Peak learning rate of a head with multiplier 1. Its weights are as those of any linear layer, whatever the method, so
 #: rates that suit a method's vectors, up to 50 times higher, would tear it apart.
 HEAD_LEARNING_RATE = 1e-3
-_VALIDATION_ROWS_AT_ONCE = 64
 
 
 def train(
@@ -48,40 +61,114 @@ def train(
     observer: TrainingObserver,
     cache_dir: Path | None,
     dtype: torch.dtype,
+    resume: bytes | None = None,
+    warm_start: Artifact | None = None,
 ) -> TrainingResult:
-    """Train an adapter: AdamW with a linear decay of the learning rate, loss on what the task learns.
+    """Train an adapter with AdamW; the loss is that of what the task learns.
 
     The same arguments on the same machine give the same adapter, bit for bit where the processor's kernels do (in
-    float32 on CPU they do). It seeds torch's and NumPy's global generators and writes nothing to disk but frames and
-    singular vectors.
+    float32 on CPU they do), whether or not the run was broken and resumed. It seeds the global generators of Python,
+    NumPy and torch and writes nothing to disk but frames and singular vectors.
+
+    Under ``torchrun`` each process calls it with the same arguments. They share every batch, so ``batch_size`` is that
+    of all together and the adapter is, but for rounding, that of one process. The first one's observer alone is told
+    and asked, and a state has the generators of that one, so that dropout in the others goes on with other masks.
 
     Args:
-        spec: what to train.
+        spec: what to train, and how (`uora.spec.TrainingOptions`).
         base: the base model.
         training: rows to learn, of the spec's task.
-        validation: rows to evaluate on after an epoch and at the end, at most `MAX_EVALUATIONS` times; None for none.
-        observer: told of every step and evaluation; can stop the run.
+        validation: rows to evaluate on, after every epoch but at most `MAX_EVALUATIONS` times, or every
+            ``options.eval_steps`` steps; after the last step in any case. None for none.
+        observer: told of every step, evaluation and state; can stop the run.
         cache_dir: disk cache of frames and singular vectors; None for none.
         dtype: of the base model's weights; the adapter and its head are float32 always.
+        resume: a state that a run with the same arguments gave to ``observer.on_state``, to go on from; None to start.
+            An evaluation that was due at that step is made (again).
+        warm_start: an adapter of the same base model, method, rank and modules to start from instead of the method's
+            own start; None for that.
 
     Raises:
         DataError: a row does not fit the model, its template or the task.
         BaseModelError: the base model is none for the task.
-        SpecError: the base model cannot be adapted as asked.
-        TrainingStopped: the observer wanted to stop.
-        UoraError: the training diverged (code ``training_diverged``).
+        SpecError: the base model cannot be adapted as asked, an option needs a validation set, or the adapter to start
+            from is another one.
+        StateError: the state to resume is of another run.
+        TrainingStopped: the observer wanted to stop; it has been given the state.
+        OutOfMemory: there is not enough memory.
+        UoraError: the training diverged (code ``training_diverged``); the observer has been given the last good state.
     """
-    task = training_task(spec.task, base, training)
+    if spec.options.needs_validation and not (validation and validation.rows):
+        param = "load_best_model_at_end" if spec.options.load_best_model_at_end else "early_stopping_patience"
+        raise SpecError(
+            f"{param} compares losses on a validation set, found none. Give a validation file or leave {param} out.",
+            param=param,
+        )
+    batch = LatestBatch()
+    with explained_memory_errors(batch):
+        run = _prepare(
+            spec, base=base, training=training, validation=validation, cache_dir=cache_dir, dtype=dtype,
+            resume=resume, warm_start=warm_start,
+        )  # fmt: skip
+    return _train(run, FirstProcessObserver(observer), batch)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that a run is made of.
+
+    Attributes:
+        identity: what a state must be of.
+        resume: the state to go on from.
+        export: the adapter as it is now, with its metrics.
+    """
+
+    spec: TrainingSpec
+    task: TrainingTask
+    model: PeftModel
+    examples: list[Any]
+    valid_examples: list[Any]
+    identity: Json
+    resume: RunState | None
+    export: Callable[[dict[str, float]], bytes]
+
+    @property
+    def total_steps(self) -> int:
+        return self.spec.total_steps(len(self.examples))
+
+
+def _prepare(
+    spec: TrainingSpec,
+    *,
+    base: LocalModel,
+    training: Dataset[Row],
+    validation: Dataset[Row] | None,
+    cache_dir: Path | None,
+    dtype: torch.dtype,
+    resume: bytes | None,
+    warm_start: Artifact | None,
+) -> _Run:
+    identity = state.run_identity(
+        spec,
+        base_digest=base.digest,
+        training_sha256=training.sha256,
+        validation_sha256=validation.sha256 if validation else None,
+    )
+    resumed = None if resume is None else state.loads(resume, run=identity)
+    task = training_task(spec.task, base, training, options=spec.options)
     examples = task.examples(training)
     valid_examples = task.examples(validation) if validation else []
     weights = BaseWeights.of_local(base, spec.task, cache_dir)
+    bare = load_model(base, dtype=dtype, device=device(), task=spec.task, labels=task.labels, seed=spec.seed)
+    model = attach(bare, spec.adapter, base=weights, head=head_modules(bare), seed=spec.seed)
+    if warm_start is not None and resumed is None:
+        start_from(model, warm_start, spec=spec, task=task, base=base, weights=weights)
     provenance = Provenance(
         base_model=base.name,
         base_digest=base.digest,
         chat_template_sha256=task.chat_template_sha256,
         data_sha256=training.sha256,
     )
-    model = _adapted_model(spec, task, base, weights=weights, dtype=dtype)
 
     def export(metrics: dict[str, float]) -> bytes:
         with task.as_stored(model):
@@ -95,159 +182,118 @@ def train(
                 metrics=metrics,
             )
 
-    return _run(spec, task, model, examples, valid_examples, export=export, observer=observer)
+    return _Run(spec, task, model, examples, valid_examples, identity, resumed, export)
 
 
-def _adapted_model(
-    spec: TrainingSpec, task: TrainingTask, base: LocalModel, *, weights: BaseWeights, dtype: torch.dtype
-) -> PeftModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(base, dtype=dtype, device=device, task=spec.task, labels=task.labels, seed=spec.seed)
-    return attach(model, spec.adapter, base=weights, head=head_modules(model), seed=spec.seed)
-
-
-def _run(
-    spec: TrainingSpec,
-    task: TrainingTask,
-    model: PeftModel,
-    examples: list[Any],
-    valid_examples: list[Any],
-    *,
-    export: Callable[[dict[str, float]], bytes],
-    observer: TrainingObserver,
-) -> TrainingResult:
-    epochs = evaluation_epochs(spec.hyperparameters.n_epochs)
-    clock = RunClock(evaluations=len(epochs))
+def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> TrainingResult:
+    spec, options, loss = run.spec, run.spec.options, run.task.loss
+    steps = evaluation_steps(spec, n_examples=len(run.examples))
+    clock, gradient = RunClock(evaluations=len(steps)), LatestGradient()
     reinit = ReinitialiseCallback(enabled=isinstance(spec.adapter, UoraSpec))
-    progress = ProgressCallback(observer, loss=task.loss, reinit=reinit, clock=clock)
-    stop = StopCallback(observer)
+    progress = ProgressCallback(observer, loss=loss, gradient=gradient, reinit=reinit, clock=clock)
+    best = Best(
+        min_delta=options.early_stopping_min_delta,
+        patience=options.early_stopping_patience,
+        keep=options.load_best_model_at_end,
+    )
+    parts: dict[str, Resumable] = {"clock": clock, "reinit": reinit, "progress": progress, "best": best}
     evaluation = EvaluationCallback(
         observer,
-        epochs=epochs,
+        steps=steps,
         progress=progress,
-        loss=task.loss,
+        best=best,
+        loss=loss,
         clock=clock,
-        has_validation=bool(valid_examples),
-        export=export,
+        has_validation=bool(run.valid_examples),
+        export=run.export,
     )
-    longest = max(task.length(example) for example in (*examples, *valid_examples))
-    trainer = _PiecewiseTrainer(
-        model=model,
-        task=task,
-        args=_arguments(spec, counts_tokens=task.counts_tokens, recompute_activations=longest > MAX_KEPT_ROW_TOKENS),
-        packing=spec.options.packing,
-        head_learning_rate=HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier,
-        train_dataset=examples,
-        eval_dataset=valid_examples or None,
-        callbacks=[DivergenceCallback(task.loss), reinit, progress, evaluation, stop],
+    states = StateCallback(
+        observer,
+        run=run.identity,
+        every=options.save_steps,
+        evaluation_steps=steps,
+        parts=parts,
+        best=best,
+        handed_over=run.resume.step if run.resume else 0,
+    )
+    stop = StopCallback(observer)
+    trainer = PiecewiseTrainer(
+        model=run.model,
+        task=run.task,
+        args=arguments(
+            spec,
+            counts_tokens=run.task.counts_tokens,
+            recompute_activations=_recomputes_activations(run),
+            begin_with_evaluation=run.resume is not None and run.resume.step in steps,
+        ),
+        packing=options.packing,
+        head_learning_rate=options.head_learning_rate
+        or HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier,
+        resume=run.resume,
+        gradient=gradient,
+        batch=batch,
+        train_dataset=run.examples,
+        eval_dataset=run.valid_examples or None,
+        callbacks=[
+            DivergenceCallback(loss, gradient),
+            InitialPairCallback(spec.adapter),
+            reinit,
+            progress,
+            evaluation,
+            states,
+            stop,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
-    observer.on_start(spec.total_steps(len(examples)))
+    observer.on_start(run.total_steps)
     stop.check()
-    trainer.train()
-    assert progress.latest is not None and evaluation.latest is not None  # noqa: S101, PT018
+    try:
+        with explained_memory_errors(batch):
+            _loop(trainer, run.resume, parts, best)
+    except (TrainingStopped, UoraError):
+        states.hand_over()
+        raise
+    result = best.evaluation or evaluation.latest
+    assert result is not None  # noqa: S101 # the last step of every run is evaluated
     return TrainingResult(
-        artifact=evaluation.latest.artifact,
-        trained_tokens=progress.latest.trained_tokens,
-        steps=progress.latest.step,
+        artifact=result.artifact,
+        trained_tokens=trainer.state.num_input_tokens_seen,
+        steps=trainer.state.global_step,
         hits=reinit.hits,
-        metrics=evaluation.latest.metrics,
+        metrics=result.metrics,
+        stopped_early=trainer.state.global_step < run.total_steps,
+        best_step=best.step,
     )
+
+
+def _loop(trainer: PiecewiseTrainer, resume: RunState | None, parts: Mapping[str, Resumable], best: Best) -> None:
+    if resume is None:
+        trainer.train()
+        return
+    for name, part in parts.items():
+        part.restore(resume.parts[name])
+    best.evaluation = resume.best
+    with TemporaryDirectory() as folder:
+        # The Trainer reads this one file itself; the rest it asks `PiecewiseTrainer` for.
+        (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(resume.trainer))
+        trainer.train(resume_from_checkpoint=folder)
+
+
+def _recomputes_activations(run: _Run) -> bool:
+    wanted = run.spec.options.gradient_checkpointing
+    longest = max(run.task.length(example) for example in (*run.examples, *run.valid_examples))
+    return longest > MAX_KEPT_ROW_TOKENS if wanted == "auto" else wanted
+
+
+def evaluation_steps(spec: TrainingSpec, *, n_examples: int) -> frozenset[int]:
+    """The optimizer steps, from 1, after which the adapter is evaluated: the last one is among them."""
+    total, every, n_epochs = spec.total_steps(n_examples), spec.options.eval_steps, spec.hyperparameters.n_epochs
+    if every is None:
+        return frozenset(epoch * (total // n_epochs) for epoch in evaluation_epochs(n_epochs))
+    return frozenset({*range(every, total, every), total})
 
 
 def evaluation_epochs(n_epochs: int) -> frozenset[int]:
     """The epochs, from 1, after which the adapter is evaluated: evenly spread, the last one among them."""
     stride = math.ceil(n_epochs / MAX_EVALUATIONS)
     return frozenset(range(n_epochs, 0, -stride))
-
-
-class _Arguments(TrainingArguments):
-    """One device, and no output directory: nothing of a run is written to disk."""
-
-    @property
-    def should_save(self) -> bool:
-        return False
-
-    @property
-    def n_gpu(self) -> int:
-        return min(1, int(super().n_gpu))
-
-
-def _arguments(spec: TrainingSpec, *, counts_tokens: bool, recompute_activations: bool) -> TrainingArguments:
-    return _Arguments(
-        num_train_epochs=spec.hyperparameters.n_epochs,
-        per_device_train_batch_size=spec.hyperparameters.batch_size,
-        per_device_eval_batch_size=_VALIDATION_ROWS_AT_ONCE,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        seed=spec.seed,
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=recompute_activations,
-        activation_checkpointing_kwargs={"use_reentrant": False} if recompute_activations else None,
-        include_num_input_tokens_seen="non_padding" if counts_tokens else "no",
-        prediction_loss_only=True,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="no",
-        logging_strategy="no",
-        eval_strategy="no",  # the evaluation callback asks for them
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-class _PiecewiseTrainer(Trainer):
-    """A Trainer that passes a batch through the model in pieces of bounded size.
-
-    The loss is a sum over predictions, divided by their number in the whole batch, so pieces add up to the same
-    gradient; the optimizer steps once per batch.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: PeftModel,
-        task: TrainingTask,
-        args: TrainingArguments,
-        packing: bool,
-        head_learning_rate: float,
-        **kwargs: Any,
-    ) -> None:
-        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        groups = _parameter_groups(model, head_learning_rate=head_learning_rate)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=task.collate,
-            compute_loss_func=task.loss,
-            optimizer_cls_and_kwargs=(optimizer, {**options, "params": groups}),
-            **kwargs,
-        )
-        self._count = task.loss.count
-        self._pieces = task.splitter(model, packing=packing)
-
-    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward; returns the batch's loss."""
-        count = self._count(inputs["labels"])
-        losses = [super(_PiecewiseTrainer, self).training_step(model, piece, count) for piece in self._pieces(inputs)]
-        return torch.stack(losses).sum()
-
-    def prediction_step(
-        self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Forward only. The meters of the loss function are read afterwards, so nothing is returned."""
-        for piece in self._pieces(inputs):
-            super().prediction_step(model, piece, prediction_loss_only, ignore_keys)
-        return None, None, None
-
-
-def _parameter_groups(model: PeftModel, *, head_learning_rate: float) -> list[dict[str, Any]]:
-    """The adapter first, at the run's learning rate; then its head, if there is one, at its own."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    head = {name for name in trained if ".modules_to_save." in name}
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in trained.items() if name not in head]}]
-    if head:
-        groups.append({"params": [trained[name] for name in sorted(head)], "lr": head_learning_rate})
-    return groups

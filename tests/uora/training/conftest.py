@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.uora.task_cases import Recorder
+from uora.artifact import Artifact
 from uora.data import ChatMessage, ChatRow, Dataset, Row
 from uora.models import LocalModel
-from uora.spec import Hyperparameters, TrainingSpec, UoraSpec, parse_adapter
+from uora.spec import Hyperparameters, TrainingOptions, TrainingSpec, UoraSpec, parse_adapter
 from uora.training import TrainingResult, train
 
 
@@ -35,9 +36,11 @@ def make_spec(**changes: Any) -> TrainingSpec:
     adapter = {"r": 8} | {k: v for k, v in changes.items() if k in UoraSpec.model_fields}
     run = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
     run |= {k: v for k, v in changes.items() if k in Hyperparameters.model_fields}
+    options = {k: v for k, v in changes.items() if k in TrainingOptions.model_fields}
     return TrainingSpec(
         adapter=parse_adapter(adapter),
         hyperparameters=Hyperparameters.model_validate(run),
+        options=TrainingOptions.model_validate(options),
         learning_rate=changes.get("learning_rate", 0.05),
         seed=changes.get("seed", 0),
     )
@@ -57,6 +60,8 @@ def run(tiny_base: LocalModel) -> Run:
         validation: Dataset[Row] | None = None,
         observer: Recorder | None = None,
         dtype: torch.dtype = torch.float32,
+        resume: bytes | None = None,
+        warm_start: Artifact | None = None,
     ) -> TrainingResult:
         return train(
             spec,
@@ -66,6 +71,8 @@ def run(tiny_base: LocalModel) -> Run:
             observer=observer or Recorder(),
             cache_dir=None,
             dtype=dtype,
+            resume=resume,
+            warm_start=warm_start,
         )
 
     return call

@@ -22,7 +22,7 @@ from uora.methods import load_artifact
 from uora.models import LocalModel, load_model, load_tokenizer
 from uora.svd import BaseWeights
 from uora.training import TrainingStopped, batches, callbacks, tasks, trainer
-from uora.training.callbacks import DivergenceCallback, RunClock
+from uora.training.callbacks import DivergenceCallback, LatestGradient, RunClock
 from uora.training.loss import LearnedTokenLoss
 from uora.training.trainer import evaluation_epochs
 from uora.tuner import reinitialise
@@ -223,7 +223,7 @@ def test_divergence_names_its_step(run: Run, learning_rate: float, step: str) ->
 
 def test_loss_that_is_no_number_stops_before_the_optimizer() -> None:
     loss = LearnedTokenLoss()
-    watch = DivergenceCallback(loss)
+    watch = DivergenceCallback(loss, LatestGradient())
     event: Any = (None, TrainerState(global_step=4), TrainerControl())
     watch.on_pre_optimizer_step(*event)
     watch.on_evaluate(*event)

@@ -1,0 +1,94 @@
+"""Two processes train what one would."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import make_tiny_bert, make_tiny_llama
+from tests.uora.conftest import BaseOf
+from tests.uora.task_cases import CASES, Trained
+from tests.uora.task_cases import run as run_case
+from tests.uora.training.conftest import make_spec
+from tests.uora.training.distributed_run import N_ROWS
+from uora.artifact import loads
+from uora.spec import TrainingSpec
+
+
+def make_still_bert(directory: Path) -> Path:
+    """Without dropout: processes cannot draw the masks that one would."""
+    return make_tiny_bert(directory, dropout=0.0)
+
+
+def prepare(folder: Path, spec: TrainingSpec, case: str, make_base: Callable[[Path], Path], *, stop_after: int) -> None:
+    make_base(folder / "base")
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    (folder / "case").write_text(case)
+    (folder / "stop_after").write_text(str(stop_after))
+
+
+def launch(folder: Path) -> list[dict[str, Any]]:
+    """A run of two processes; what each one's observer was told."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["tests.uora.training.distributed_run", str(folder)]
+    subprocess.run([sys.executable, "-m", *launcher, "-m", *module], check=True, timeout=150)
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+
+
+def alone(spec: TrainingSpec, case: str, base_of: BaseOf, make_base: Callable[[Path], Path]) -> Trained:
+    """The same run in this process."""
+    return run_case(spec, base_of(make_base), dataclasses.replace(CASES[case], rows=CASES[case].rows[:N_ROWS]))
+
+
+def assert_close(found: bytes, expected: Trained) -> None:
+    tensors, references = loads(found).tensors, expected.artifact.tensors
+    assert tensors.keys() == references.keys()
+    for name, tensor in references.items():
+        np.testing.assert_allclose(tensors[name], tensor, atol=1e-4 if name != "hits" else 0, err_msg=name)
+
+
+@pytest.mark.parametrize(("case", "make_base"), [("chat", make_tiny_llama), ("regression", make_still_bert)])
+def test_two_processes_train_what_one_would(
+    base_of: BaseOf, tmp_path: Path, case: str, make_base: Callable[[Path], Path]
+) -> None:
+    changes = {"tau_quantile": 0.2, "reinit_interval": 1, "count_k": 2}
+    spec = make_spec(r=4, batch_size=4, gradient_accumulation_steps=2, n_epochs=2, **changes)
+    spec = spec.model_copy(update={"task": CASES[case].task})
+    one = alone(spec, case, base_of, make_base)
+    prepare(tmp_path, spec, case, make_base, stop_after=10**6)
+
+    first, second = launch(tmp_path)
+
+    assert second == {"stopped": False, "steps": [], "evaluations": [], "states": []}
+    assert (tmp_path / "artifact-0").read_bytes() == (tmp_path / "artifact-1").read_bytes()
+    assert_close((tmp_path / "artifact-0").read_bytes(), one)
+    assert len(first["steps"]) == 6
+    for step, reference in zip(first["steps"], one.recorder.steps, strict=True):
+        assert step[:2] == pytest.approx([reference.train_loss, reference.gradient_norm], rel=1e-3)
+        assert step[2:] == [reference.hits, reference.trained_tokens]
+    for metrics, evaluation in zip(first["evaluations"], one.recorder.evaluations, strict=True):
+        assert metrics == pytest.approx(evaluation.metrics, rel=1e-3)
+
+
+def test_the_first_process_stops_both_and_both_go_on(base_of: BaseOf, tmp_path: Path) -> None:
+    spec = make_spec(r=4, batch_size=4, n_epochs=2)
+    prepare(tmp_path, spec, "chat", make_tiny_llama, stop_after=7)  # before the run and after each of six steps
+    first, second = launch(tmp_path)
+    assert (first["stopped"], second["stopped"]) == (True, True)
+    assert (len(first["steps"]), first["states"]) == (7, [5, 7])
+
+    (tmp_path / "state-0").rename(tmp_path / "resume")
+    (tmp_path / "stop_after").write_text(str(10**6))
+    again, _ = launch(tmp_path)
+
+    one = alone(spec, "chat", base_of, make_tiny_llama)
+    assert len(first["steps"]) + len(again["steps"]) == len(one.recorder.steps)
+    assert_close((tmp_path / "artifact-0").read_bytes(), one)
