@@ -95,14 +95,19 @@ class Packer:
 
     def pieces(self, examples: Sequence[Example], *, max_tokens: int) -> Iterator[Piece]:
         """Packed sequences of at most ``max_tokens`` tokens, or of one longer row, in the order of the rows."""
+        for part in self.parts(examples, max_tokens=max_tokens):
+            yield pack([part], share_prefix=self.share_prefix)
+
+    def parts(self, examples: Sequence[Example], *, max_tokens: int) -> Iterator[Sequence[Example]]:
+        """The rows of each of these sequences."""
         start = 0
         for stop in range(1, len(examples) + 1):
-            if stop < len(examples) and self._tokens(examples[start : stop + 1]) <= max_tokens:
+            if stop < len(examples) and self.tokens(examples[start : stop + 1]) <= max_tokens:
                 continue
-            yield pack([examples[start:stop]], share_prefix=self.share_prefix)
+            yield examples[start:stop]
             start = stop
 
-    def _tokens(self, examples: Sequence[Example]) -> int:
+    def tokens(self, examples: Sequence[Example]) -> int:
         """Tokens of the rows packed."""
         saved = (len(examples) - 1) * shared_prefix(examples) if self.share_prefix else 0
         return sum(len(example.input_ids) for example in examples) - saved

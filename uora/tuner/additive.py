@@ -6,19 +6,20 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from peft import PeftConfig
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from uora.errors import ShapeError, UnsupportedLayerError
 from uora.quantised import keep_weight_layout
 from uora.tuner._peft import BaseTunerLayer, check_adapters_to_merge, get_in_out_features
 from uora.tuner.pairs import Pair, Segment, add_pairs
-from uora.tuner.rows import MixedBatchModel, RowAdapters
+from uora.tuner.rows import Joint, MixedBatchModel, RowAdapters
 
 
 class AdditiveLinear(nn.Module, BaseTunerLayer):
@@ -45,6 +46,8 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
         self._unmerged: list[nn.Module] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        #: The same layer of the models that are trained together with this one's (``uora.tuner.joining``).
+        self.members: list[Self] = []
         self.in_features, self.out_features = cast(tuple[int, int], get_in_out_features(self.get_base_layer()))
 
     @abstractmethod
@@ -139,6 +142,9 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
         """The same, with the least to compute and to keep for a backward pass (``uora.tuner.pairs``)."""
         # As a matrix from here on: what a linear layer makes of more dimensions is a view, not to be written to.
         result: Tensor = self.base_layer(x.reshape(-1, x.shape[-1]), *args, **kwargs)
+        if self.rows.joint is not None:
+            result = self.joint_update(result, x, self.rows.joint)
+            return result.view(*x.shape[:-1], -1)
         whole = [Segment(0, len(result))]
         for name in self.active_adapters:
             if self.has(name):
@@ -146,6 +152,24 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
                 z = self.rows.products.project(self.dropout[name](x).to(a.dtype), a)
                 result = add_pairs(result, z.reshape(-1, len(a)), [c], whole)
         return result.view(*x.shape[:-1], -1)
+
+    def joint_update(self, result: Tensor, x: Tensor, joint: Joint) -> Tensor:
+        """Add to every token the update of its own model's adapter, in place.
+
+        Args:
+            result: the base layer's output, ``(tokens, out)``.
+            x: its input, ``(..., in)``.
+            joint: whose the tokens are.
+        """
+        layers = [self.members[number] for number in joint.members]
+        pairs = [layer.pair(layer.active_adapters[0], like=result) for layer in layers]
+        if all(pair.a is pairs[0].a for pair in pairs):
+            z = self.rows.products.project(x.to(result.dtype), pairs[0].a).reshape(len(result), -1)
+        else:
+            tokens = x.to(result.dtype).reshape(len(result), -1)
+            places = [tokens[segment.start : segment.stop] for segment in joint.segments]
+            z = torch.cat([F.linear(own, pair.a) for own, pair in zip(places, pairs, strict=True)])
+        return add_pairs(result, z, [pair.c for pair in pairs], joint.segments)
 
     def _forward_rows(self, x: Tensor, result: Tensor) -> Tensor:
         for group, rows, names in self.rows.groups(x.shape[0], lambda n: self.group_of(n) if self.has(n) else None):

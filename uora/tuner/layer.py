@@ -14,7 +14,8 @@ from uora.reinit import ReinitRule, blend, weights
 from uora.tuner._peft import BufferDict
 from uora.tuner.additive import AdditiveLinear
 from uora.tuner.config import UoraConfig
-from uora.tuner.pairs import Pair, scaled_rows
+from uora.tuner.pairs import Pair, add_mixed, scaled_rows
+from uora.tuner.rows import Joint
 
 
 class AdapterFrames:
@@ -128,6 +129,22 @@ class UoraLinear(AdditiveLinear):
         d, b = self.uora_lambda_d[adapter_name], self.uora_lambda_b[adapter_name]
         rows = frames.get("B", self.out_features, like=d)
         return Pair(frames.get("A", self.in_features, like=like), scaled_rows(rows, d, b, dtype=like.dtype))
+
+    def joint_update(self, result: Tensor, x: Tensor, joint: Joint) -> Tensor:
+        """As for any method; where all adapters have the same frames, the two products with them are shared too."""
+        layers = [self.members[number] for number in joint.members]
+        names = [layer.active_adapters[0] for layer in layers]
+        frames = [layer.frames[name] for layer, name in zip(layers, names, strict=True)]
+        rows = [own.get("B", self.out_features, like=result) for own in frames]
+        if any(own is not rows[0] for own in rows):
+            return super().joint_update(result, x, joint)
+        a = frames[0].get("A", self.in_features, like=result)
+        z = self.rows.products.project(x.to(a.dtype), a).reshape(len(result), -1)
+        d, b = (
+            torch.stack([vectors[name] for vectors, name in zip(own, names, strict=True)])
+            for own in ([m.uora_lambda_d for m in layers], [m.uora_lambda_b for m in layers])
+        )
+        return add_mixed(result, z, rows[0], d, b, joint.owners)
 
     def mixed_update(self, x: Tensor, group: Family, adapter_names: Sequence[str]) -> Tensor:
         """The same with each row's own d, b and w."""

@@ -132,3 +132,47 @@ class _AddPairs(Function):
                 torch.mm(own, c.T, out=of_z[segment.start : segment.stop])
             of_cs.append(z[segment.start : segment.stop].T @ own)
         return gradient, of_z, None, *of_cs
+
+
+def add_mixed(base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor) -> Tensor:
+    """Add ``b * (B (d * z))`` to the base layer's output, in place, every token with its own adapter's d and b.
+
+    Its cost does not grow with the number of adapters, as that of `add_pairs` does.
+
+    Args:
+        base: ``(tokens, out)``, which nobody else needs.
+        z: ``A x``, ``(tokens, r)``.
+        rows: frame B as rows, ``(r, out)``, common to all.
+        d: ``(adapters, r)``, float32.
+        b: ``(adapters, out)``, float32.
+        owners: number of each token's adapter, ``(tokens,)``.
+
+    Returns:
+        ``base``, as a part of the graph.
+    """
+    return cast(Tensor, _AddMixed.apply(base, z, rows, d, b, owners))
+
+
+class _AddMixed(Function):
+    """Keeps z, of the size of r; what is of the size of the output is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor) -> Tensor:
+        ctx.save_for_backward(z, rows, d, b, owners)
+        base.addcmul_((z * d.to(z.dtype)[owners]) @ rows, b.to(z.dtype)[owners])
+        ctx.mark_dirty(base)
+        return base
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, rows, d, b, owners = ctx.saved_tensors
+        own_d = d.to(z.dtype)[owners]
+        of_scaled = (gradient * b.to(z.dtype)[owners]) @ rows.T
+        of_b = _sums(((z * own_d) @ rows).mul_(gradient), owners, like=b)
+        return gradient, of_scaled * own_d, None, _sums(of_scaled * z, owners, like=d), of_b, None
+
+
+def _sums(values: Tensor, owners: Tensor, *, like: Tensor) -> Tensor:
+    """Sums over each adapter's tokens, in float32. A product with zeros and ones would spread one's NaN to all."""
+    return torch.zeros_like(like).index_add_(0, owners, values.to(like.dtype))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import accumulate, pairwise
+from typing import Any, Self, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -13,12 +14,35 @@ from torch import Tensor, nn
 
 from uora.errors import AdapterNotFoundError
 from uora.tuner._peft import BaseTuner, ModulesToSaveWrapper
-from uora.tuner.pairs import SharedProducts
+from uora.tuner.pairs import Segment, SharedProducts
 
 #: PEFT's name for "no adapter" in ``adapter_names``.
 BASE = "__base__"
 
 Group = TypeVar("Group", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A training forward whose tokens belong to adapters of several models (``uora.tuner.joining``).
+
+    Attributes:
+        members: the models' numbers, in the order of their segments.
+        segments: the tokens of each, one after the other.
+        owners: for every token the place of its model in ``members``, ``(tokens,)``.
+    """
+
+    members: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    owners: Tensor
+
+    @classmethod
+    def of(cls, tokens: Mapping[int, int], *, device: torch.device) -> Self:
+        """Of how many tokens each model has, in their order."""
+        ends = list(accumulate(tokens.values(), initial=0))
+        lengths = torch.tensor(list(tokens.values()), device=device)
+        owners = torch.arange(len(tokens), device=device).repeat_interleave(lengths)
+        return cls(tuple(tokens), tuple(Segment(*pair) for pair in pairwise(ends)), owners)
 
 
 @dataclass
@@ -29,6 +53,8 @@ class RowAdapters:
     """
 
     names: tuple[str, ...] | None = None
+    #: Whose the tokens of a joint forward are; None outside of one.
+    joint: Joint | None = None
     #: What layers with the same input share in training.
     products: SharedProducts = field(default_factory=SharedProducts)
 
