@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from uora.artifact import Artifact, Provenance
@@ -136,6 +136,10 @@ class _Run:
     def total_steps(self) -> int:
         return self.spec.total_steps(len(self.examples))
 
+    @property
+    def evaluation_steps(self) -> frozenset[int]:
+        return evaluation_steps(self.spec, n_examples=len(self.examples))
+
 
 def _prepare(
     spec: TrainingSpec,
@@ -185,38 +189,95 @@ def _prepare(
     return _Run(spec, task, model, examples, valid_examples, identity, resumed, export)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What happens between the steps of a run."""
+
+    gradient: LatestGradient
+    reinit: ReinitialiseCallback
+    progress: ProgressCallback
+    best: Best
+    evaluation: EvaluationCallback
+    states: StateCallback
+    stop: StopCallback
+    resumable: Mapping[str, Resumable]
+
+    @classmethod
+    def of(cls, run: _Run, observer: TrainingObserver) -> Self:
+        """New ones, or as they were in the state to go on from."""
+        options, loss = run.spec.options, run.task.loss
+        clock, gradient = RunClock(evaluations=len(run.evaluation_steps)), LatestGradient()
+        reinit = ReinitialiseCallback(enabled=isinstance(run.spec.adapter, UoraSpec))
+        progress = ProgressCallback(observer, loss=loss, gradient=gradient, reinit=reinit, clock=clock)
+        best = Best(
+            min_delta=options.early_stopping_min_delta,
+            patience=options.early_stopping_patience,
+            keep=options.load_best_model_at_end,
+        )
+        evaluation = EvaluationCallback(
+            observer,
+            steps=run.evaluation_steps,
+            progress=progress,
+            best=best,
+            loss=loss,
+            clock=clock,
+            has_validation=bool(run.valid_examples),
+            export=run.export,
+        )
+        resumable: dict[str, Resumable] = {"clock": clock, "reinit": reinit, "progress": progress, "best": best}
+        states = StateCallback(
+            observer,
+            run=run.identity,
+            every=options.save_steps,
+            evaluation_steps=run.evaluation_steps,
+            parts=resumable,
+            best=best,
+            handed_over=run.resume.step if run.resume else 0,
+        )
+        parts = cls(gradient, reinit, progress, best, evaluation, states, StopCallback(observer), resumable)
+        if run.resume is not None:
+            parts._restore(run.resume)
+        return parts
+
+    def _restore(self, resume: RunState) -> None:
+        for name, part in self.resumable.items():
+            part.restore(resume.parts[name])
+        self.best.evaluation = resume.best
+
+    def callbacks(self, run: _Run) -> list[TrainerCallback]:
+        """In the order in which they hear of a step: nothing is told or stored of one that diverged."""
+        divergence = DivergenceCallback(run.task.loss, self.gradient)
+        initial_pair = InitialPairCallback(run.spec.adapter)
+        return [divergence, initial_pair, self.reinit, self.progress, self.evaluation, self.states, self.stop]
+
+
 def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> TrainingResult:
-    spec, options, loss = run.spec, run.spec.options, run.task.loss
-    steps = evaluation_steps(spec, n_examples=len(run.examples))
-    clock, gradient = RunClock(evaluations=len(steps)), LatestGradient()
-    reinit = ReinitialiseCallback(enabled=isinstance(spec.adapter, UoraSpec))
-    progress = ProgressCallback(observer, loss=loss, gradient=gradient, reinit=reinit, clock=clock)
-    best = Best(
-        min_delta=options.early_stopping_min_delta,
-        patience=options.early_stopping_patience,
-        keep=options.load_best_model_at_end,
+    parts = _Parts.of(run, observer)
+    trainer = _trainer(run, parts, batch)
+    observer.on_start(run.total_steps)
+    parts.stop.check()
+    try:
+        with explained_memory_errors(batch):
+            _loop(trainer, run.resume)
+    except (TrainingStopped, UoraError):
+        parts.states.hand_over()
+        raise
+    result = parts.best.evaluation or parts.evaluation.latest
+    assert result is not None  # noqa: S101 # the last step of every run is evaluated
+    return TrainingResult(
+        artifact=result.artifact,
+        trained_tokens=trainer.state.num_input_tokens_seen,
+        steps=trainer.state.global_step,
+        hits=parts.reinit.hits,
+        metrics=result.metrics,
+        stopped_early=trainer.state.global_step < run.total_steps,
+        best_step=parts.best.step,
     )
-    parts: dict[str, Resumable] = {"clock": clock, "reinit": reinit, "progress": progress, "best": best}
-    evaluation = EvaluationCallback(
-        observer,
-        steps=steps,
-        progress=progress,
-        best=best,
-        loss=loss,
-        clock=clock,
-        has_validation=bool(run.valid_examples),
-        export=run.export,
-    )
-    states = StateCallback(
-        observer,
-        run=run.identity,
-        every=options.save_steps,
-        evaluation_steps=steps,
-        parts=parts,
-        best=best,
-        handed_over=run.resume.step if run.resume else 0,
-    )
-    stop = StopCallback(observer)
+
+
+def _trainer(run: _Run, parts: _Parts, batch: LatestBatch) -> PiecewiseTrainer:
+    spec = run.spec
+    default_rate = HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier
     trainer = PiecewiseTrainer(
         model=run.model,
         task=run.task,
@@ -224,55 +285,25 @@ def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> Trainin
             spec,
             counts_tokens=run.task.counts_tokens,
             recompute_activations=_recomputes_activations(run),
-            begin_with_evaluation=run.resume is not None and run.resume.step in steps,
+            begin_with_evaluation=run.resume is not None and run.resume.step in run.evaluation_steps,
         ),
-        packing=options.packing,
-        head_learning_rate=options.head_learning_rate
-        or HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier,
+        packing=spec.options.packing,
+        head_learning_rate=spec.options.head_learning_rate or default_rate,
         resume=run.resume,
-        gradient=gradient,
+        gradient=parts.gradient,
         batch=batch,
         train_dataset=run.examples,
         eval_dataset=run.valid_examples or None,
-        callbacks=[
-            DivergenceCallback(loss, gradient),
-            InitialPairCallback(spec.adapter),
-            reinit,
-            progress,
-            evaluation,
-            states,
-            stop,
-        ],
+        callbacks=parts.callbacks(run),
     )
     trainer.remove_callback(PrinterCallback)
-    observer.on_start(run.total_steps)
-    stop.check()
-    try:
-        with explained_memory_errors(batch):
-            _loop(trainer, run.resume, parts, best)
-    except (TrainingStopped, UoraError):
-        states.hand_over()
-        raise
-    result = best.evaluation or evaluation.latest
-    assert result is not None  # noqa: S101 # the last step of every run is evaluated
-    return TrainingResult(
-        artifact=result.artifact,
-        trained_tokens=trainer.state.num_input_tokens_seen,
-        steps=trainer.state.global_step,
-        hits=reinit.hits,
-        metrics=result.metrics,
-        stopped_early=trainer.state.global_step < run.total_steps,
-        best_step=best.step,
-    )
+    return trainer
 
 
-def _loop(trainer: PiecewiseTrainer, resume: RunState | None, parts: Mapping[str, Resumable], best: Best) -> None:
+def _loop(trainer: PiecewiseTrainer, resume: RunState | None) -> None:
     if resume is None:
         trainer.train()
         return
-    for name, part in parts.items():
-        part.restore(resume.parts[name])
-    best.evaluation = resume.best
     with TemporaryDirectory() as folder:
         # The Trainer reads this one file itself; the rest it asks `PiecewiseTrainer` for.
         (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(resume.trainer))

@@ -80,10 +80,10 @@ def test_two_processes_train_what_one_would(
 
 def test_the_first_process_stops_both_and_both_go_on(base_of: BaseOf, tmp_path: Path) -> None:
     spec = make_spec(r=4, batch_size=4, n_epochs=2)
-    prepare(tmp_path, spec, "chat", make_tiny_llama, stop_after=7)  # before the run and after each of six steps
+    prepare(tmp_path, spec, "chat", make_tiny_llama, stop_after=7)  # before the run, after five steps, in an evaluation
     first, second = launch(tmp_path)
     assert (first["stopped"], second["stopped"]) == (True, True)
-    assert (len(first["steps"]), first["states"]) == (7, [5, 7])
+    assert (len(first["steps"]), first["states"]) == (6, [5, 6])
 
     (tmp_path / "state-0").rename(tmp_path / "resume")
     (tmp_path / "stop_after").write_text(str(10**6))
