@@ -6,6 +6,7 @@ asks for, ``"auto"`` included; ``resolve`` turns it into the numbers that are ru
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -227,6 +228,26 @@ class TrainingSpec(_Frozen):
         """Optimizer steps of the whole run over ``n_examples`` rows, unless it stops early."""
         batches = math.ceil(n_examples / self.hyperparameters.batch_size)
         return math.ceil(batches / self.options.gradient_accumulation_steps) * self.hyperparameters.n_epochs
+
+
+def cotraining_key(spec: TrainingSpec) -> str | None:
+    """Runs of one base model with the same key can share their forward and backward passes; None for not at all.
+
+    They are causal, packed, and their adapters have the same shapes over the same frames or singular vectors. Dropout
+    draws from a generator of the process, which no two runs could share and stay as they are alone.
+    """
+    adapter, options = spec.adapter, spec.options
+    together = (
+        isinstance(adapter, UoraSpec | OsoraSpec)
+        and spec.task in ("chat", "completion")
+        and adapter.dropout == 0.0
+        and options.packing
+        and options.gradient_checkpointing is not True
+    )
+    if not together:
+        return None
+    shape = adapter.model_dump_json(include={"method", "r", "targets", "frame_seed", "init"})
+    return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
 def resolve(

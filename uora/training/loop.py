@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from uora.training.callbacks import LatestGradient
 from uora.training.memory import LatestBatch
 from uora.training.processes import local_rank, merged, own_rows
 from uora.training.state import RngState, RunState, restore_model
-from uora.training.tasks import TrainingTask
+from uora.training.tasks import Splitter, TrainingTask
 
 _VALIDATION_ROWS_AT_ONCE = 64
 #: transformers' names of our courses of the learning rate; its "constant" has no warm-up.
@@ -89,6 +90,11 @@ def arguments(
     )
 
 
+#: Takes a batch and the number of predictions in all batches of the optimizer step, has the gradients of the trained
+#: parameters added up, and gives the loss: a forward and backward pass that is not made by the run itself.
+Elsewhere = Callable[[Batch, Tensor | int | None], Tensor]
+
+
 class PiecewiseTrainer(Trainer):
     """A Trainer that passes a batch through the model in pieces of bounded size.
 
@@ -102,7 +108,8 @@ class PiecewiseTrainer(Trainer):
         model: PeftModel,
         task: TrainingTask,
         args: TrainingArguments,
-        packing: bool,
+        pieces: Splitter,
+        elsewhere: Elsewhere | None,
         head_learning_rate: float,
         resume: RunState | None,
         gradient: LatestGradient,
@@ -120,7 +127,8 @@ class PiecewiseTrainer(Trainer):
             **kwargs,
         )
         self._loss = task.loss
-        self._pieces = task.splitter(model, packing=packing)
+        self._pieces = pieces
+        self._elsewhere = elsewhere
         self._resume = resume
         self._rng: RngState | None = None
         self._gradient = gradient
@@ -137,6 +145,8 @@ class PiecewiseTrainer(Trainer):
             return self._backward(model, {name: tensor[:1] for name, tensor in inputs.items()}, torch.tensor(torch.inf))
 
     def _backward(self, model: Any, inputs: Batch, count: Tensor | int | None) -> Tensor:
+        if self._elsewhere is not None:
+            return self._elsewhere(inputs, count)
         *pieces, last = self._pieces(inputs)
         losses = []
         for piece in pieces:

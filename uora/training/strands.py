@@ -32,10 +32,9 @@ class Asked(Generic[Question]):
 
 @dataclass(frozen=True)
 class Ended(Generic[Result]):
-    """The strand is over: its result, or the error that ended it."""
+    """The strand is over, with its result or the error that ended it."""
 
-    result: Result | None = None
-    error: Exception | None = None
+    outcome: Result | Exception
 
 
 class Strand(Generic[Question, Answer, Result]):
@@ -70,9 +69,9 @@ class Strand(Generic[Question, Answer, Result]):
     def _main(self) -> None:
         self._answers.get()
         try:
-            self._said.put(Ended(result=self._run(self._ask)))
+            self._said.put(Ended(self._run(self._ask)))
         except Exception as error:
-            self._said.put(Ended(error=error))
+            self._said.put(Ended(error))
 
     def _ask(self, question: Question) -> Answer:
         self._said.put(Asked(question))

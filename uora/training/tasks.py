@@ -51,17 +51,14 @@ from uora.training.batches import (
     collate,
     split,
     split_rows,
-    unpadded,
 )
 from uora.training.loss import (
     ClassLoss,
     LearnedTokenLoss,
     SquaredErrorLoss,
     TaskLoss,
-    keeps_masked_logits,
-    predicting_positions,
 )
-from uora.training.packing import make_packer
+from uora.training.passes import CausalPasses
 
 #: How one batch goes through a model: in pieces of bounded size.
 Splitter = Callable[[Batch], Iterator[Piece]]
@@ -99,7 +96,7 @@ class TrainingTask(Protocol):
     def collate(self, examples: Sequence[Any]) -> Batch:
         """One batch, with ``labels``."""
 
-    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
+    def splitter(self, model: PreTrainedModel, *, packing: bool) -> Splitter:
         """How batches go through this model; ``packing``: without padding, where the task and the model allow it."""
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
@@ -189,19 +186,8 @@ class _Causal:
     def collate(self, examples: Sequence[Example]) -> Batch:
         return collate(examples)
 
-    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
-        masked = keeps_masked_logits(model)
-        packer = make_packer(cast(PreTrainedModel, model.get_base_model())) if packing else None
-
-        def pieces(batch: Batch) -> Iterator[Piece]:
-            max_tokens = MAX_TOKENS_AT_ONCE[batch["input_ids"].device.type]
-            packed = packer and packer.pieces(unpadded(batch), max_tokens=max_tokens)
-            for piece in packed or _without_mask(split(batch, max_tokens=max_tokens)):
-                if masked:
-                    piece["logits_to_keep"] = predicting_positions(piece["labels"])
-                yield piece
-
-        return pieces
+    def splitter(self, model: PreTrainedModel, *, packing: bool) -> Splitter:
+        return CausalPasses.of(model, packing=packing).pieces
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
         return nullcontext()
@@ -218,13 +204,6 @@ def _fit(example: Example, max_tokens: int, overlong: Literal["error", "truncate
         return example
     cut = Example(example.input_ids[:max_tokens], example.labels[:max_tokens])
     return cut if overlong == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
-
-
-def _without_mask(pieces: Iterator[Batch]) -> Iterator[Piece]:
-    """A causal model's tokens never see the padding on their right; without a mask, attention takes a faster kernel."""
-    for piece in pieces:
-        del piece["attention_mask"]
-        yield piece
 
 
 @dataclass(frozen=True)
@@ -258,7 +237,7 @@ class _Texts:
         targets = torch.tensor([example.target for example in examples])
         return self.inputs.collate([example.features for example in examples]) | {"labels": targets}
 
-    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
+    def splitter(self, model: PreTrainedModel, *, packing: bool) -> Splitter:
         return lambda batch: split(batch, max_tokens=MAX_TOKENS_AT_ONCE[batch["labels"].device.type])
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:
@@ -320,7 +299,7 @@ class _Images:
         targets = torch.tensor([example.target for example in examples])
         return self.inputs.collate([example.image for example in examples]) | {"labels": targets}
 
-    def splitter(self, model: PeftModel, *, packing: bool) -> Splitter:
+    def splitter(self, model: PreTrainedModel, *, packing: bool) -> Splitter:
         return lambda batch: split_rows(batch, max_rows=MAX_IMAGES_AT_ONCE[batch["labels"].device.type])
 
     def as_stored(self, model: PeftModel) -> AbstractContextManager[None]:

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from uora.artifact import Artifact, Provenance
@@ -35,12 +36,12 @@ from uora.training.callbacks import (
     StateCallback,
     StopCallback,
 )
-from uora.training.loop import PiecewiseTrainer, arguments, device
+from uora.training.loop import Elsewhere, PiecewiseTrainer, arguments, device
 from uora.training.memory import LatestBatch, explained_memory_errors
 from uora.training.observer import TrainingObserver, TrainingResult, TrainingStopped
 from uora.training.processes import FirstProcessObserver
 from uora.training.state import Json, Resumable, RunState
-from uora.training.tasks import TrainingTask, training_task
+from uora.training.tasks import Splitter, TrainingTask, training_task
 from uora.training.warm_start import start_from
 
 #: Evaluations, each of which makes a checkpoint, in a run that does not say how often it wants them.
@@ -106,19 +107,34 @@ def train(
         )
     batch = LatestBatch()
     with explained_memory_errors(batch):
-        run = _prepare(
-            spec, base=base, training=training, validation=validation, cache_dir=cache_dir, dtype=dtype,
-            resume=resume, warm_start=warm_start,
+        run = prepare(
+            spec, base=base, load=partial(load, spec, base=base, dtype=dtype), training=training,
+            validation=validation, cache_dir=cache_dir, resume=resume, warm_start=warm_start,
         )  # fmt: skip
-    return _train(run, FirstProcessObserver(observer), batch)
+    return train_run(run, FirstProcessObserver(observer), batch)
 
 
 @dataclass(frozen=True)
-class _Run:
+class Loaded:
+    """A base model in memory, and how batches go through it."""
+
+    model: PreTrainedModel
+    pieces: Splitter
+
+
+def load(spec: TrainingSpec, task: TrainingTask, *, base: LocalModel, dtype: torch.dtype) -> Loaded:
+    """The base model for a run of its own."""
+    model = load_model(base, dtype=dtype, device=device(), task=spec.task, labels=task.labels, seed=spec.seed)
+    return Loaded(model, task.splitter(model, packing=spec.options.packing))
+
+
+@dataclass(frozen=True)
+class Run:
     """Everything that a run is made of.
 
     Attributes:
         identity: what a state must be of.
+        pieces: how batches go through the model.
         resume: the state to go on from.
         export: the adapter as it is now, with its metrics.
     """
@@ -126,6 +142,7 @@ class _Run:
     spec: TrainingSpec
     task: TrainingTask
     model: PeftModel
+    pieces: Splitter
     examples: list[Any]
     valid_examples: list[Any]
     identity: Json
@@ -141,17 +158,18 @@ class _Run:
         return evaluation_steps(self.spec, n_examples=len(self.examples))
 
 
-def _prepare(
+def prepare(
     spec: TrainingSpec,
     *,
     base: LocalModel,
+    load: Callable[[TrainingTask], Loaded],
     training: Dataset[Row],
     validation: Dataset[Row] | None,
     cache_dir: Path | None,
-    dtype: torch.dtype,
     resume: bytes | None,
     warm_start: Artifact | None,
-) -> _Run:
+) -> Run:
+    """Read rows, load the base model and put the adapter on it; raises as `train`."""
     identity = state.run_identity(
         spec,
         base_digest=base.digest,
@@ -163,7 +181,8 @@ def _prepare(
     examples = task.examples(training)
     valid_examples = task.examples(validation) if validation else []
     weights = BaseWeights.of_local(base, spec.task, cache_dir)
-    bare = load_model(base, dtype=dtype, device=device(), task=spec.task, labels=task.labels, seed=spec.seed)
+    loaded = load(task)
+    bare = loaded.model
     model = attach(bare, spec.adapter, base=weights, head=head_modules(bare), seed=spec.seed)
     if warm_start is not None and resumed is None:
         start_from(model, warm_start, spec=spec, task=task, base=base, weights=weights)
@@ -186,7 +205,7 @@ def _prepare(
                 metrics=metrics,
             )
 
-    return _Run(spec, task, model, examples, valid_examples, identity, resumed, export)
+    return Run(spec, task, model, loaded.pieces, examples, valid_examples, identity, resumed, export)
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,7 @@ class _Parts:
     resumable: Mapping[str, Resumable]
 
     @classmethod
-    def of(cls, run: _Run, observer: TrainingObserver) -> Self:
+    def of(cls, run: Run, observer: TrainingObserver) -> Self:
         """New ones, or as they were in the state to go on from."""
         options, loss = run.spec.options, run.task.loss
         clock, gradient = RunClock(evaluations=len(run.evaluation_steps)), LatestGradient()
@@ -244,16 +263,26 @@ class _Parts:
             part.restore(resume.parts[name])
         self.best.evaluation = resume.best
 
-    def callbacks(self, run: _Run) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         """In the order in which they hear of a step: nothing is told or stored of one that diverged."""
         divergence = DivergenceCallback(run.task.loss, self.gradient)
         initial_pair = InitialPairCallback(run.spec.adapter)
         return [divergence, initial_pair, self.reinit, self.progress, self.evaluation, self.states, self.stop]
 
 
-def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> TrainingResult:
+def train_run(
+    run: Run, observer: TrainingObserver, batch: LatestBatch, *, elsewhere: Elsewhere | None = None
+) -> TrainingResult:
+    """Run it to its end; raises as `train`.
+
+    Args:
+        run: what to train.
+        observer: told of every step, evaluation and state.
+        batch: noted there for errors of memory.
+        elsewhere: who makes its forward and backward passes; None for the run itself.
+    """
     parts = _Parts.of(run, observer)
-    trainer = _trainer(run, parts, batch)
+    trainer = _trainer(run, parts, batch, elsewhere)
     observer.on_start(run.total_steps)
     parts.stop.check()
     try:
@@ -275,7 +304,7 @@ def _train(run: _Run, observer: TrainingObserver, batch: LatestBatch) -> Trainin
     )
 
 
-def _trainer(run: _Run, parts: _Parts, batch: LatestBatch) -> PiecewiseTrainer:
+def _trainer(run: Run, parts: _Parts, batch: LatestBatch, elsewhere: Elsewhere | None) -> PiecewiseTrainer:
     spec = run.spec
     default_rate = HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier
     trainer = PiecewiseTrainer(
@@ -287,7 +316,8 @@ def _trainer(run: _Run, parts: _Parts, batch: LatestBatch) -> PiecewiseTrainer:
             recompute_activations=_recomputes_activations(run),
             begin_with_evaluation=run.resume is not None and run.resume.step in run.evaluation_steps,
         ),
-        packing=spec.options.packing,
+        pieces=run.pieces,
+        elsewhere=elsewhere,
         head_learning_rate=spec.options.head_learning_rate or default_rate,
         resume=run.resume,
         gradient=parts.gradient,
@@ -310,7 +340,7 @@ def _loop(trainer: PiecewiseTrainer, resume: RunState | None) -> None:
         trainer.train(resume_from_checkpoint=folder)
 
 
-def _recomputes_activations(run: _Run) -> bool:
+def _recomputes_activations(run: Run) -> bool:
     wanted = run.spec.options.gradient_checkpointing
     longest = max(run.task.length(example) for example in (*run.examples, *run.valid_examples))
     return longest > MAX_KEPT_ROW_TOKENS if wanted == "auto" else wanted

@@ -46,8 +46,8 @@ class AdditiveLinear(nn.Module, BaseTunerLayer):
         self._unmerged: list[nn.Module] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        #: The same layer of the models that are trained together with this one's (``uora.tuner.joining``).
-        self.members: list[Self] = []
+        #: The same layer of the models that this one's leads (``uora.tuner.joining``), by their numbers.
+        self.members: dict[int, Self] = {}
         self.in_features, self.out_features = cast(tuple[int, int], get_in_out_features(self.get_base_layer()))
 
     @abstractmethod

@@ -1,13 +1,14 @@
 """Models that are trained together: each has its own adapter, all have the same base model and one forward.
 
 The base model's weights are in memory once. Every model is a `PeftModel` of its own with its own vectors, optimizer and
-so on; a further one, the lead, has the forward: in its layers each token is given the update of its own model's adapter.
+so on; a further one, the lead, has the forward: in its layers each token is given the update of its own model's
+adapter.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -21,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_structure(model: Model) -> Model:
-    """A copy whose frozen parameters and buffers are the very tensors of ``model``, and whose trained ones are its own."""
+    """A copy with trained parameters of its own; frozen ones and buffers are the very tensors of ``model``."""
     shared: dict[int, object] = {id(p): p for p in model.parameters() if not p.requires_grad}
     shared |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, shared)
@@ -30,12 +31,13 @@ def copy_structure(model: Model) -> Model:
 class JointModel:
     """The lead of several models, which have adapters of one method on the same layers."""
 
-    def __init__(self, models: Sequence[PeftModel]) -> None:
-        self.lead = copy_structure(models[0])
-        layers = [dict(_layers(model)) for model in models]
+    def __init__(self, models: Mapping[int, PeftModel]) -> None:
+        """The lead of models that are known by numbers."""
+        self.lead = copy_structure(next(iter(models.values())))
+        layers = {number: dict(_layers(model)) for number, model in models.items()}
         for name, layer in _layers(self.lead):
             layer.requires_grad_(False)
-            layer.members = [own[name] for own in layers]
+            layer.members = {number: own[name] for number, own in layers.items()}
 
     @contextmanager
     def forward_of(self, tokens: Mapping[int, int]) -> Iterator[PeftModel]:

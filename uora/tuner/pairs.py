@@ -164,7 +164,7 @@ class _AddMixed(Function):
         return base
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, rows, d, b, owners = ctx.saved_tensors
         own_d = d.to(z.dtype)[owners]
