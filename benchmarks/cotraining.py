@@ -1,6 +1,6 @@
-"""Small jobs together against one after the other: ``python -m benchmarks.cotraining [--smoke]`` (``make bench-cotrain``).
+"""Small jobs together against one after the other: ``python -m benchmarks.cotraining`` (``make bench-cotrain``).
 
-Jobs of tenants are mostly small: some hundred rows, batches of one. A pass over one row leaves most of the machine idle,
+Jobs of tenants are mostly small: some hundred rows, batches of one. A pass over one row leaves the machine half idle,
 so jobs on one base model share their passes (``uora.training.cotraining``). Both sides train the same jobs on the same
 rows, SmolLM2-135M-Instruct in bfloat16, E2E as chat, batch 1, loading included, in one process and in turn; the claim
 is in jobs per hour. That the adapters are the same is tested in float32 by tests/uora/training/test_cotraining.py.

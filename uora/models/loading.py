@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -146,8 +147,9 @@ def load_skeleton(local: LocalModel, *, task: Task = "chat") -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
+@lru_cache(maxsize=8)
 def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with its chat template if it has one.
+    """The base model's tokenizer, with its chat template if it has one; kept, since it takes long to read.
 
     Raises:
         BaseModelError: the directory's tokenizer cannot be read.

@@ -103,9 +103,10 @@ class DivergenceCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The adapter, its head included, that this step wrote."""
-        model: nn.Module = kwargs["model"]
-        finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-        self._expect(finite, "adapter", step=state.global_step)
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        largest = nn.utils.get_total_norm(trained, norm_type=math.inf)
+        self._expect(bool(largest.isfinite()), "adapter", step=state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The validation loss."""

@@ -134,6 +134,11 @@ class PiecewiseTrainer(Trainer):
         self._gradient = gradient
         self._batch = batch
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without the search for garbage before a run, which lasts longer than a small run's step."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.free_memory = lambda *objects: list(objects)  # a new one holds nothing to free
+
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward; returns the loss of this process's rows."""
         self._batch.note(inputs)

@@ -1,20 +1,20 @@
 """Functions that run in turn, each until it waits for something: coroutines for code that knows nothing of them.
 
-transformers' training loop cannot be left in the middle and entered again, so each loop has a thread. But only one
-thread runs at any time, and what libraries keep per process (random generators, accelerate's state of gradient
+transformers' training loop cannot be left in the middle and entered again, so each loop has a stack of its own
+(greenlet). They all run in one thread: in several, each would keep a team of threads for its products, which spin and
+take the cores from one another. What libraries keep per process (random generators, accelerate's state of gradient
 accumulation) is each loop's own: it is put away when the loop waits and brought back when it goes on. So a loop comes
 to the same results as it would by itself.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from accelerate.state import GradientState  # type: ignore[import-untyped]
+from greenlet import greenlet
 
 from uora.training.state import RngState
 
@@ -38,47 +38,42 @@ class Ended(Generic[Result]):
 
 
 class Strand(Generic[Question, Answer, Result]):
-    """One function in a thread of its own, which runs only inside of `resume`."""
+    """One function with a stack of its own, which runs only inside of `begin` and `resume`."""
 
     def __init__(self, run: Callable[[Callable[[Question], Answer]], Result]) -> None:
         """A strand that has not begun; ``run`` is given a function that asks and waits."""
         self._run = run
-        self._answers: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
-        self._said: queue.SimpleQueue[Asked[Question] | Ended[Result]] = queue.SimpleQueue()
-        self._globals = _Globals.fresh()
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._stack = greenlet(self._main)
+        self._globals = _Globals(RngState.capture(), {})  # a run seeds the generators itself
 
     def begin(self) -> Asked[Question] | Ended[Result]:
         """Run until it asks for the first time, or ends."""
-        self._thread.start()
-        return self._turn(None)
+        return self._switch()
 
     def resume(self, answer: Answer | Exception) -> Asked[Question] | Ended[Result]:
         """Let it go on with the answer, or with an error raised where it waits, until it asks again or ends."""
-        return self._turn(answer)
+        return self._switch(answer)
 
-    def _turn(self, answer: Answer | Exception | None) -> Asked[Question] | Ended[Result]:
+    def _switch(self, *answer: Answer | Exception) -> Asked[Question] | Ended[Result]:
         outside = _Globals.take()
         self._globals.put_back()
-        self._answers.put(cast(Any, answer))
-        said = self._said.get()
-        self._globals = _Globals.take()
-        outside.put_back()
-        return said
-
-    def _main(self) -> None:
-        self._answers.get()
         try:
-            self._said.put(Ended(self._run(self._ask)))
+            return cast(Asked[Question] | Ended[Result], self._stack.switch(*answer))
+        finally:
+            self._globals = _Globals.take()
+            outside.put_back()
+
+    def _main(self) -> Ended[Result]:
+        try:
+            return Ended(self._run(self._ask))
         except Exception as error:
-            self._said.put(Ended(error))
+            return Ended(error)
 
     def _ask(self, question: Question) -> Answer:
-        self._said.put(Asked(question))
-        answer = self._answers.get()
-        if isinstance(answer, BaseException):
+        answer = self._stack.parent.switch(Asked(question))
+        if isinstance(answer, Exception):
             raise answer
-        return answer
+        return cast(Answer, answer)
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,6 @@ class _Globals:
 
     rng: RngState
     accumulation: dict[str, Any]
-
-    @classmethod
-    def fresh(cls) -> _Globals:
-        """As a loop finds it that is the first of its process; it seeds the generators itself."""
-        return cls(RngState.capture(), {})
 
     @classmethod
     def take(cls) -> _Globals:

@@ -21,7 +21,7 @@ from uora.errors import DataError, TargetError, UoraError
 from uora.methods import load_artifact
 from uora.models import LocalModel, load_model, load_tokenizer
 from uora.svd import BaseWeights
-from uora.training import TrainingStopped, batches, callbacks, tasks, trainer
+from uora.training import TrainingStopped, batches, callbacks, passes, trainer
 from uora.training.callbacks import DivergenceCallback, LatestGradient, RunClock
 from uora.training.loss import LearnedTokenLoss
 from uora.training.trainer import evaluation_epochs
@@ -183,7 +183,7 @@ def test_recomputed_activations_give_the_same_adapter(run: Run, monkeypatch: pyt
 
 def test_model_without_masked_logits_is_trained_by_the_plain_path(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = run(make_spec(), make_dataset(8), validation=make_dataset(4))
-    monkeypatch.setattr(tasks, "keeps_masked_logits", lambda _: False)
+    monkeypatch.setattr(passes, "keeps_masked_logits", lambda _: False)
     result = run(make_spec(), make_dataset(8), validation=make_dataset(4))
     assert result.metrics == pytest.approx(reference.metrics, abs=1e-4)
 
