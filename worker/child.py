@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from uora.artifact import loads
 from worker import failures
-from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
     from uora.data import Dataset, Row
@@ -28,15 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 class ReportingObserver:
-    """``uora.training.TrainingObserver`` that writes a line per report, artifacts into the work folder."""
+    """``uora.training.TrainingObserver`` that writes a line per report, artifacts and states into the work folder."""
 
     def __init__(self, request: ChildRequest, stream: TextIO) -> None:
         self._request = request
         self._stream = stream
+        self._total_steps: int | None = None
         self._stopped = False
 
     def on_start(self, total_steps: int) -> None:
         """Report the beginning."""
+        self._total_steps = total_steps
         self._send(Started(total_steps=total_steps))
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -45,18 +48,27 @@ class ReportingObserver:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Store the adapter as it is now and report it."""
-        file = self._store(f"step-{evaluation.step}", evaluation.artifact)
+        file = self._store(f"step-{evaluation.step}.safetensors", evaluation.artifact)
         self._send(Evaluated(step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
+
+    def on_state(self, step: int, state: bytes) -> None:
+        """Store what the run can go on from, and report it once it is whole."""
+        self._send(State(step=step, file=self._store(f"step-{step}.state", state)))
+
+    def on_stopped(self) -> None:
+        """Report that the run stopped as it was asked to."""
+        self._send(Stopped())
 
     def on_done(self, result: TrainingResult) -> None:
         """Store the final adapter and report it."""
         self._send(
             Done(
-                file=self._store("final", result.artifact),
+                file=self._store("final.safetensors", result.artifact),
                 trained_tokens=result.trained_tokens,
                 steps=result.steps,
                 hits=result.hits,
                 metrics=dict(result.metrics),
+                stopped_early=result.steps < (self._total_steps or 0),
             )
         )
 
@@ -65,17 +77,17 @@ class ReportingObserver:
         self._send(Failed(failure=failures.describe(error, param=param)))
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM has arrived: asked at every step, in case some library swallowed the exception."""
+        """Whether SIGTERM has arrived."""
         return self._stopped
 
-    def stop(self, _signal: int, _frame: object) -> NoReturn:
-        """Handle SIGTERM: unwind at once, so that temporary files are removed on the way out."""
+    def stop(self, _signal: int, _frame: object) -> None:
+        """Handle SIGTERM: let the step end and its state be written; unwind at once where no step was begun."""
         self._stopped = True
-        raise SystemExit(128 + signal.SIGTERM)
+        if self._total_steps is None:
+            raise SystemExit(128 + signal.SIGTERM)
 
-    def _store(self, name: str, artifact: bytes) -> str:
-        file = f"{name}.safetensors"
-        (self._request.work_dir / file).write_bytes(artifact)
+    def _store(self, file: str, content: bytes) -> str:
+        (self._request.work_dir / file).write_bytes(content)
         return file
 
     def _send(self, report: Report) -> None:
@@ -84,7 +96,7 @@ class ReportingObserver:
 
 
 def main() -> int:
-    """Read the request, train, report. Returns the exit status: 0 when a result or an error was reported."""
+    """Read the request, train, report. Returns the exit status: 0 when a result, a stop or an error was reported."""
     stream = _take_stdout()
     line = sys.stdin.buffer.readline()
     if not line:
@@ -103,13 +115,19 @@ def _run(request: ChildRequest, observer: ReportingObserver) -> None:
     reading: str | None = None
     try:
         from uora.data import read_file
+        from uora.training import TrainingStopped
 
         reading = "training_file"
         training = read_file(request.training_file, request.spec.task)
         reading = "validation_file"
         validation = read_file(request.validation_file, request.spec.task) if request.validation_file else None
         reading = None
-        observer.on_done(_train(request, observer, training=training, validation=validation))
+        try:
+            result = _train(request, observer, training=training, validation=validation)
+        except TrainingStopped:
+            observer.on_stopped()
+        else:
+            observer.on_done(result)
     except Exception as error:
         logger.exception("training failed")
         observer.on_error(error, param=reading)
@@ -137,6 +155,8 @@ def _train(
         observer=observer,
         cache_dir=request.cache_dir,
         dtype=pick_dtype(request.dtype),
+        resume=request.resume.read_bytes() if request.resume else None,
+        warm_start=loads(request.warm_start.read_bytes()) if request.warm_start else None,
     )
 
 

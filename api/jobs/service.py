@@ -3,48 +3,78 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
-from typing import assert_never
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, assert_never
 
 from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import new_id, now
-from api.errors import InvalidRequest, JobNotCancellable, ModelNotFound, UnsupportedParameter
+from api.errors import (
+    InvalidRequest,
+    JobNotCancellable,
+    JobNotPausable,
+    JobNotResumable,
+    ModelNotFound,
+    NotPromotable,
+    UnsupportedParameter,
+)
 from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
 from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
-from api.jobs.repository import JobRepository, add_event, move_job, request_cancel
+from api.jobs.repository import (
+    JobRepository,
+    add_event,
+    drop_state,
+    move_job,
+    request_cancel,
+    request_pause,
+    state_step,
+    withdraw_pause,
+)
 from api.jobs.schemas import MAX_SEED, JobCreate
+from api.models.models import Adapter
+from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork
-from uora.spec import HyperparameterRequest
+from uora.spec import HyperparameterRequest, parse_adapter
 
-#: A job moves at most twice while it is being cancelled; more rounds mean a fault.
-CANCEL_ROUNDS = 5
+#: A job moves at most twice while a client's request is carried out; more rounds mean a fault.
+ROUNDS = 5
+#: Instead of a checkpoint's id: the one of the lowest validation loss.
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a new job starts from: a base model as it is, or with the adapter of a fine-tuned model."""
+
+    base_model: str
+    #: ``uora.spec.AdapterSpec``.
+    adapter: dict[str, Any]
+    task: str
+    tuned: Adapter | None = None
 
 
 def create(work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
     """Insert the job and ring for its validation.
 
     Raises:
-        ModelNotFound: an unknown base model.
+        ModelNotFound: neither a base model nor one of the project's.
         FileNotFound: a file that is not in the project.
-        InvalidRequest: a file that cannot be used, or what is not offered.
+        InvalidRequest: a file that cannot be used, settings that do not go together, or what is not offered.
     """
     _refuse_unsupported(body)
-    if body.model not in base_models:
-        raise ModelNotFound(
-            f"The model {body.model!r} cannot be fine-tuned; expected one of {sorted(base_models)}.",
-            param="model",
-        )
+    _check_validation_needs(body)
+    start = _find_start(work.session, caller, body=body, base_models=base_models)
     files = FileRepository(work.session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             _check_file(files.lock(file_id, shared=True, param=param), param=param)
-    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body))
+    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start))
     add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
     work.ring(TaskName.VALIDATE, job.id)
     return job
@@ -83,23 +113,82 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
         JobNotCancellable: it has ended.
     """
     job = JobRepository(session, caller.project_id).get(job_id)
-    for _ in range(CANCEL_ROUNDS):
-        if _try_cancel(session, job):
-            session.refresh(job)
+    return _until_done(session, job, lambda: _try_cancel(session, job))
+
+
+def pause(session: Session, caller: Caller, job_id: str) -> Job:
+    """Pause the job where nothing runs yet, else ask whoever works on it to stop. Twice is as good as once.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotPausable: it has ended, or is being cancelled.
+    """
+    job = JobRepository(session, caller.project_id).get(job_id)
+    return _until_done(session, job, lambda: _try_pause(session, job))
+
+
+def resume(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
+    """Queue a paused job again, or a failed one whose state was kept; take back a pause that has not happened yet.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotResumable: it is not paused, and has not failed with a state to go on from.
+        FileNotFound: a file that it needs was deleted since it failed.
+    """
+    job = JobRepository(work.session, caller.project_id).get(job_id)
+    return _until_done(work.session, job, lambda: _try_resume(work, caller, job))
+
+
+def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str) -> Checkpoint:
+    """Let the job's model answer as the checkpoint, or as the ``best``; twice is as good as once.
+
+    The adapter that answered before is still there under the name of its own checkpoint.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        CheckpointNotFound: the job has no such checkpoint.
+        NotPromotable: the job has no model, or none of its checkpoints has a validation loss.
+    """
+    jobs = JobRepository(session, caller.project_id)
+    job = jobs.get(job_id)
+    checkpoint = jobs.best_checkpoint(job) if checkpoint_id == BEST else jobs.checkpoint(job, checkpoint_id)
+    if checkpoint is None:
+        raise NotPromotable(
+            f"No checkpoint of the job {job.id} has a validation loss, so none is the best; name one by its id, or "
+            "give the next job a validation_file."
+        )
+    adapters = AdapterRepository(session, caller.project_id)
+    final = adapters.lock(job.fine_tuned_model) if job.fine_tuned_model else None
+    if final is None:
+        raise NotPromotable(
+            f"The job {job.id} is {job.status} and has no model; only a model that is there can answer as a "
+            f"checkpoint. {checkpoint.model_name} can be asked by its own name."
+        )
+    if adapters.replace(final, adapters.get(checkpoint.model_name)):
+        add_event(session, job.id, message=f"{final.id} answers as {checkpoint.model_name} from now on")
+    return checkpoint
+
+
+def _until_done(session: Session, job: Job, attempt: Callable[[], bool]) -> Job:
+    """Repeat a guarded move until it is made from the status that the job has by then."""
+    for _ in range(ROUNDS):
+        done = attempt()
+        session.refresh(job)  # as the statement left it, or as a worker that came in between did
+        if done:
             return job
-        session.refresh(job)  # a worker moved it in between
-    raise RuntimeError(f"{job_id} changed {CANCEL_ROUNDS} times while it was cancelled; it is {job.status}")
+    raise RuntimeError(f"{job.id} changed {ROUNDS} times while a request was carried out; it is {job.status}")
 
 
 def _try_cancel(session: Session, job: Job) -> bool:
     """One guarded attempt from the status that was read; False if the job has another one by now."""
     status = JobStatus(job.status)
     match status:
-        case JobStatus.VALIDATING_FILES | JobStatus.QUEUED:
+        case JobStatus.VALIDATING_FILES | JobStatus.QUEUED | JobStatus.PAUSED:
             moved = move_job(
                 session, job.id, source=status, target=JobStatus.CANCELLED, finished_at=now(), progress=None
             )
             if moved:
+                drop_state(session, job.id)
                 add_event(session, job.id, message="Cancelled", level="warn")
             return moved
         case JobStatus.RUNNING:
@@ -113,6 +202,116 @@ def _try_cancel(session: Session, job: Job) -> bool:
             raise JobNotCancellable(f"The job {job.id} is already {status}; only an unfinished one can be cancelled.")
         case _:
             assert_never(status)
+
+
+def _try_pause(session: Session, job: Job) -> bool:
+    """As `_try_cancel`."""
+    status = JobStatus(job.status)
+    match status:
+        case JobStatus.PAUSED:
+            return True
+        case JobStatus.QUEUED:
+            moved = move_job(session, job.id, source=status, target=JobStatus.PAUSED)
+            if moved:
+                add_event(session, job.id, message="Paused")
+            return moved
+        case JobStatus.VALIDATING_FILES | JobStatus.RUNNING:
+            if job.cancel_requested:
+                raise JobNotPausable(f"The job {job.id} is being cancelled; it cannot be paused any more.")
+            if job.pause_requested:
+                return True
+            asked = request_pause(session, job.id, status=status)
+            if asked:
+                add_event(session, job.id, message="Pause requested")
+            return asked
+        case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED:
+            raise JobNotPausable(f"The job {job.id} is already {status}; only an unfinished one can be paused.")
+        case _:
+            assert_never(status)
+
+
+def _try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
+    """As `_try_cancel`."""
+    status = JobStatus(job.status)
+    match status:
+        case JobStatus.PAUSED:
+            return _queue_again(work, job, source=status)
+        case JobStatus.FAILED:
+            _check_can_go_on(work.session, caller, job)
+            return _queue_again(work, job, source=status, error=None, finished_at=None, lost_trainers=0)
+        case JobStatus.VALIDATING_FILES | JobStatus.RUNNING if job.pause_requested:
+            taken_back = withdraw_pause(work.session, job.id, status=status)
+            if taken_back:
+                add_event(work.session, job.id, message="Pause withdrawn")
+            return taken_back
+        case (
+            JobStatus.VALIDATING_FILES
+            | JobStatus.QUEUED
+            | JobStatus.RUNNING
+            | JobStatus.SUCCEEDED
+            | JobStatus.CANCELLED
+        ):
+            raise JobNotResumable(
+                f"The job {job.id} is {status}; only a paused one, or a failed one whose state was kept, can be "
+                "resumed."
+            )
+        case _:
+            assert_never(status)
+
+
+def _queue_again(work: UnitOfWork, job: Job, *, source: JobStatus, **values: Any) -> bool:
+    moved = move_job(work.session, job.id, source=source, target=JobStatus.QUEUED, pause_requested=False, **values)
+    if moved:
+        add_event(work.session, job.id, message="Resumed, moving job to queued state")
+        work.ring(TaskName.TRAIN, job.id)
+    return moved
+
+
+def _check_can_go_on(session: Session, caller: Caller, job: Job) -> None:
+    """Whether a failed job still has what it needs."""
+    if state_step(session, job.id) is None:
+        raise JobNotResumable(
+            f"The job {job.id} failed before a state was kept that it could go on from; create it again."
+        )
+    files = FileRepository(session, caller.project_id)
+    for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
+        if file_id is not None:
+            files.lock(file_id, shared=True, param=param)
+
+
+def _find_start(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Start:
+    if body.model in base_models:
+        return Start(base_model=body.model, adapter=body.peft.adapter().model_dump(mode="json"), task=body.task)
+    tuned = AdapterRepository(session, caller.project_id).find(body.model)
+    if tuned is None or tuned.base_model not in base_models:
+        raise ModelNotFound(
+            f"The model {body.model!r} cannot be fine-tuned; expected one of {sorted(base_models)}, or a fine-tuned "
+            "model of yours on one of them.",
+            param="model",
+        )
+    adapter = parse_adapter(tuned.manifest["adapter"]).model_dump(mode="json")
+    has = {f"peft.{name}": value for name, value in adapter.items()} | {"task": tuned.manifest.get("task", "chat")}
+    sent = {f"peft.{name}": value for name, value in body.adapter_as_sent.items()}
+    if "task" in body.model_fields_set:
+        sent["task"] = body.task
+    for param, value in sent.items():
+        if has.get(param) != value:
+            raise InvalidRequest(
+                f"Found {param} {value!r}, but {body.model} has {has.get(param)!r}, which training it further cannot "
+                f"change; leave {param} out, or start from the base model {tuned.base_model}.",
+                param=param,
+            )
+    return Start(base_model=tuned.base_model, adapter=adapter, task=has["task"], tuned=tuned)
+
+
+def _check_validation_needs(body: JobCreate) -> None:
+    if body.training.needs_validation and body.validation_file is None:
+        raise InvalidRequest(
+            "training.early_stopping_patience and training.load_best_model_at_end compare validation losses; give a "
+            "validation_file, or leave them out.",
+            param="validation_file",
+            code="missing_required_parameter",
+        )
 
 
 def _refuse_unsupported(body: JobCreate) -> None:
@@ -144,20 +343,25 @@ def _check_file(file: File, *, param: str) -> None:
         )
 
 
-def _new_job(caller: Caller, body: JobCreate) -> Job:
+def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
         status=JobStatus.VALIDATING_FILES,
         model=body.model,
+        base_model=start.base_model,
+        warm_start=start.tuned and start.tuned.id,
+        warm_start_digest=start.tuned and start.tuned.digest,
+        task=start.task,
         training_file=body.training_file,
         validation_file=body.validation_file,
         suffix=body.suffix,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         labels=body.metadata,
         hyperparameters=_hyperparameters(body).model_dump(mode="json"),
-        adapter=body.peft.adapter().model_dump(mode="json"),
+        adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
+        options=body.training.model_dump(mode="json"),
         created_at=now(),
     )
 

@@ -42,6 +42,7 @@ def add_job(session: Session, tenant: Tenant, **values: Any) -> Job:
         "model": "tiny",
         "training_file": "file-training",
         "seed": 1,
+        "base_model": values.get("model", "tiny"),
         "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
         "adapter": {"method": "uora", "r": 8},
         "created_at": now(),

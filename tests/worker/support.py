@@ -115,6 +115,7 @@ class Service:
             project_id=self.project.id,
             status=status,
             model=BASE_MODEL,
+            base_model=BASE_MODEL,
             training_file=self.add_file(chat_rows(rows) if training is None else training),
             validation_file=None if validation is None else self.add_file(validation),
             suffix="greeter",
