@@ -176,14 +176,16 @@ def _leave_with_parent(work_dir: Path) -> None:
     os._exit(1)
 
 
-def _exit(status: int) -> NoReturn:
+def run_and_exit() -> NoReturn:
+    """The process from its first line to its last."""
+    try:
+        status = main()
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
     # Everything is written and removed by now; taking torch down in good order would last seconds more.
     sys.stderr.flush()
     os._exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        _exit(main())
-    except SystemExit as stopped:
-        _exit(int(stopped.code or 0))
+    run_and_exit()
