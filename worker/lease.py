@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
+import api.projects.models  # noqa: F401 - jobs refer to its table
 from api.database import UtcDateTime, now
 from api.jobs.models import Job, JobStatus
 from api.jobs.repository import state_step

@@ -39,6 +39,8 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
         base_source=f"path:{tiny_model}",
         training_file=rows,
         validation_file=rows,
+        resume=None,
+        warm_start=None,
         work_dir=work_dir,
         cache_dir=tmp_path / "cache",
         dtype="float32",
