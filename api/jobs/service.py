@@ -44,6 +44,8 @@ from uora.spec import HyperparameterRequest, parse_adapter
 
 #: A job moves at most twice while a client's request is carried out; more rounds mean a fault.
 ROUNDS = 5
+#: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
+FREE_SETTINGS = frozenset({"dropout", "tau"})
 #: Instead of a checkpoint's id: the one of the lowest validation loss.
 BEST = "best"
 
@@ -292,6 +294,8 @@ def _find_start(session: Session, caller: Caller, *, body: JobCreate, base_model
     adapter = parse_adapter(tuned.manifest["adapter"]).model_dump(mode="json")
     has = {f"peft.{name}": value for name, value in adapter.items()} | {"task": tuned.manifest.get("task", "chat")}
     sent = {f"peft.{name}": value for name, value in body.adapter_as_sent.items()}
+    for name in FREE_SETTINGS & body.adapter_as_sent.keys() & adapter.keys():
+        adapter[name] = sent.pop(f"peft.{name}")
     if "task" in body.model_fields_set:
         sent["task"] = body.task
     for param, value in sent.items():
