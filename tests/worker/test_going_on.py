@@ -26,6 +26,7 @@ from tests.worker.artifacts import make_artifact
 from tests.worker.fake_training import learned, number_of
 from tests.worker.support import BASE_MODEL, TTL, Service, chat_rows, wait_until
 from uora.artifact import loads
+from uora.spec import TrainingOptions
 from worker import child_process, progress
 from worker.context import Resources
 from worker.lease import LeaseLost, claim
@@ -56,14 +57,10 @@ def worker_of(service: Service, **changes: object) -> Resources:
     return service.resources(**{**times, "base_models": {BASE_MODEL: "path:/nowhere"}, **changes})
 
 
-def long_job(service: Service, **values: object) -> str:
+def long_job(service: Service) -> str:
     """Two seconds."""
-    job_id = service.add_job(rows=8, n_epochs=10, validation=chat_rows(2))
-    spec = service.job(job_id).training_spec
-    assert spec is not None
-    spec = {**spec, "options": {**spec["options"], "save_steps": SAVE_STEPS}}
-    service.update(job_id, training_spec=spec, **values)
-    return job_id
+    options = TrainingOptions(save_steps=SAVE_STEPS)
+    return service.add_job(rows=8, n_epochs=10, validation=chat_rows(2), training_options=options)
 
 
 @contextmanager
