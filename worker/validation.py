@@ -97,7 +97,7 @@ def _check(held: Resources, job: Job) -> Checked:
         seed=job.seed,
         n_examples=len(datasets["training_file"].rows),
         task=_task(job),
-        options=TrainingOptions.model_validate(job.options),
+        options=_options(job),
     )
     return Checked(spec=spec, report=describe_datasets(job, datasets))
 
@@ -112,6 +112,10 @@ def describe_datasets(job: Job, datasets: Datasets) -> dict[str, Any] | None:  #
 
 def _task(job: Job) -> Task:
     return cast(Task, job.task)  # checked by the api
+
+
+def _options(job: Job) -> TrainingOptions:
+    return TrainingOptions.model_validate(job.options)
 
 
 def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row]:
@@ -137,7 +141,7 @@ def _check_examples(held: Resources, job: Job, datasets: Datasets) -> None:
     if source is None:
         raise BaseModelError(f"{job.base_model!r} is not among the base models of this process's settings.")
     base = fetch(job.base_model, source, cache_dir=held.settings.cache_dir)
-    task = training_task(_task(job), base, datasets["training_file"])
+    task = training_task(_task(job), base, datasets["training_file"], options=_options(job))
     for param, dataset in datasets.items():
         with _refusing(param):
             task.examples(dataset)
