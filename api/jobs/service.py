@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import new_id, now
-from api.errors import (
-    InvalidRequest,
-    JobNotCancellable,
-    JobNotPausable,
-    JobNotResumable,
-    ModelNotFound,
-    NotPromotable,
-    UnsupportedParameter,
-)
+from api.errors import InvalidRequest, ModelNotFound, NotPromotable, UnsupportedParameter
 from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
+from api.jobs import moving
 from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
-from api.jobs.repository import (
-    JobRepository,
-    add_event,
-    drop_state,
-    move_job,
-    request_cancel,
-    request_pause,
-    state_step,
-    withdraw_pause,
-)
+from api.jobs.repository import JobRepository, add_event
 from api.jobs.schemas import MAX_SEED, JobCreate
 from api.models.models import Adapter
 from api.models.repository import AdapterRepository
@@ -42,8 +26,6 @@ from api.queue import TaskName
 from api.unit_of_work import UnitOfWork
 from uora.spec import HyperparameterRequest, parse_adapter
 
-#: A job moves at most twice while a client's request is carried out; more rounds mean a fault.
-ROUNDS = 5
 #: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
 FREE_SETTINGS = frozenset({"dropout", "tau"})
 #: Instead of a checkpoint's id: the one of the lowest validation loss.
@@ -115,7 +97,7 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
         JobNotCancellable: it has ended.
     """
     job = JobRepository(session, caller.project_id).get(job_id)
-    return _until_done(session, job, lambda: _try_cancel(session, job))
+    return moving.until_done(session, job, lambda: moving.try_cancel(session, job))
 
 
 def pause(session: Session, caller: Caller, job_id: str) -> Job:
@@ -126,7 +108,7 @@ def pause(session: Session, caller: Caller, job_id: str) -> Job:
         JobNotPausable: it has ended, or is being cancelled.
     """
     job = JobRepository(session, caller.project_id).get(job_id)
-    return _until_done(session, job, lambda: _try_pause(session, job))
+    return moving.until_done(session, job, lambda: moving.try_pause(session, job))
 
 
 def resume(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
@@ -138,7 +120,7 @@ def resume(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
         FileNotFound: a file that it needs was deleted since it failed.
     """
     job = JobRepository(work.session, caller.project_id).get(job_id)
-    return _until_done(work.session, job, lambda: _try_resume(work, caller, job))
+    return moving.until_done(work.session, job, lambda: moving.try_resume(work, caller, job))
 
 
 def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str) -> Checkpoint:
@@ -169,116 +151,6 @@ def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str
     if adapters.replace(final, adapters.get(checkpoint.model_name)):
         add_event(session, job.id, message=f"{final.id} answers as {checkpoint.model_name} from now on")
     return checkpoint
-
-
-def _until_done(session: Session, job: Job, attempt: Callable[[], bool]) -> Job:
-    """Repeat a guarded move until it is made from the status that the job has by then."""
-    for _ in range(ROUNDS):
-        done = attempt()
-        session.refresh(job)  # as the statement left it, or as a worker that came in between did
-        if done:
-            return job
-    raise RuntimeError(f"{job.id} changed {ROUNDS} times while a request was carried out; it is {job.status}")
-
-
-def _try_cancel(session: Session, job: Job) -> bool:
-    """One guarded attempt from the status that was read; False if the job has another one by now."""
-    status = JobStatus(job.status)
-    match status:
-        case JobStatus.VALIDATING_FILES | JobStatus.QUEUED | JobStatus.PAUSED:
-            moved = move_job(
-                session, job.id, source=status, target=JobStatus.CANCELLED, finished_at=now(), progress=None
-            )
-            if moved:
-                drop_state(session, job.id)
-                add_event(session, job.id, message="Cancelled", level="warn")
-            return moved
-        case JobStatus.RUNNING:
-            if job.cancel_requested:
-                return True
-            asked = request_cancel(session, job.id)
-            if asked:
-                add_event(session, job.id, message="Cancellation requested", level="warn")
-            return asked
-        case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED:
-            raise JobNotCancellable(f"The job {job.id} is already {status}; only an unfinished one can be cancelled.")
-        case _:
-            assert_never(status)
-
-
-def _try_pause(session: Session, job: Job) -> bool:
-    """As `_try_cancel`."""
-    status = JobStatus(job.status)
-    match status:
-        case JobStatus.PAUSED:
-            return True
-        case JobStatus.QUEUED:
-            moved = move_job(session, job.id, source=status, target=JobStatus.PAUSED)
-            if moved:
-                add_event(session, job.id, message="Paused")
-            return moved
-        case JobStatus.VALIDATING_FILES | JobStatus.RUNNING:
-            if job.cancel_requested:
-                raise JobNotPausable(f"The job {job.id} is being cancelled; it cannot be paused any more.")
-            if job.pause_requested:
-                return True
-            asked = request_pause(session, job.id, status=status)
-            if asked:
-                add_event(session, job.id, message="Pause requested")
-            return asked
-        case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED:
-            raise JobNotPausable(f"The job {job.id} is already {status}; only an unfinished one can be paused.")
-        case _:
-            assert_never(status)
-
-
-def _try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
-    """As `_try_cancel`."""
-    status = JobStatus(job.status)
-    match status:
-        case JobStatus.PAUSED:
-            return _queue_again(work, job, source=status)
-        case JobStatus.FAILED:
-            _check_can_go_on(work.session, caller, job)
-            return _queue_again(work, job, source=status, error=None, finished_at=None, lost_trainers=0)
-        case JobStatus.VALIDATING_FILES | JobStatus.RUNNING if job.pause_requested:
-            taken_back = withdraw_pause(work.session, job.id, status=status)
-            if taken_back:
-                add_event(work.session, job.id, message="Pause withdrawn")
-            return taken_back
-        case (
-            JobStatus.VALIDATING_FILES
-            | JobStatus.QUEUED
-            | JobStatus.RUNNING
-            | JobStatus.SUCCEEDED
-            | JobStatus.CANCELLED
-        ):
-            raise JobNotResumable(
-                f"The job {job.id} is {status}; only a paused one, or a failed one whose state was kept, can be "
-                "resumed."
-            )
-        case _:
-            assert_never(status)
-
-
-def _queue_again(work: UnitOfWork, job: Job, *, source: JobStatus, **values: Any) -> bool:
-    moved = move_job(work.session, job.id, source=source, target=JobStatus.QUEUED, pause_requested=False, **values)
-    if moved:
-        add_event(work.session, job.id, message="Resumed, moving job to queued state")
-        work.ring(TaskName.TRAIN, job.id)
-    return moved
-
-
-def _check_can_go_on(session: Session, caller: Caller, job: Job) -> None:
-    """Whether a failed job still has what it needs."""
-    if state_step(session, job.id) is None:
-        raise JobNotResumable(
-            f"The job {job.id} failed before a state was kept that it could go on from; create it again."
-        )
-    files = FileRepository(session, caller.project_id)
-    for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
-        if file_id is not None:
-            files.lock(file_id, shared=True, param=param)
 
 
 def _find_start(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Start:
