@@ -35,6 +35,7 @@ class ReportingObserver:
         self._request = request
         self._stream = stream
         self._total_steps: int | None = None
+        self._states = 0
         self._stopped = False
 
     def on_start(self, total_steps: int) -> None:
@@ -52,8 +53,12 @@ class ReportingObserver:
         self._send(Evaluated(step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
 
     def on_state(self, step: int, state: bytes) -> None:
-        """Store what the run can go on from, and report it once it is whole."""
-        self._send(State(step=step, file=self._store(f"step-{step}.state", state)))
+        """Store what the run can go on from, and report it once it is whole.
+
+        Each in a file of its own, which the parent removes: a stop may give the state of one step twice.
+        """
+        self._states += 1
+        self._send(State(step=step, file=self._store(f"{self._states}.state", state)))
 
     def on_stopped(self) -> None:
         """Report that the run stopped as it was asked to."""

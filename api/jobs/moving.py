@@ -97,7 +97,9 @@ def try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
             return _queue_again(work, job, source=status)
         case JobStatus.FAILED:
             _check_can_go_on(work.session, caller, job)
-            return _queue_again(work, job, source=status, error=None, finished_at=None, lost_trainers=0)
+            return _queue_again(
+                work, job, source=status, error=None, finished_at=None, lost_trainers=0, cancel_requested=False
+            )
         case JobStatus.VALIDATING_FILES | JobStatus.RUNNING if job.pause_requested:
             taken_back = withdraw_pause(work.session, job.id, status=status)
             if taken_back:

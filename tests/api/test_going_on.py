@@ -102,10 +102,12 @@ class TestResume:
 
     def test_a_failed_job_goes_on_from_its_state(self, service: Service, client: OpenAI) -> None:
         error = {"code": "out_of_memory_or_killed", "message": "m", "param": None}
-        job_id = put_job(service, status=JobStatus.FAILED, error=error, lost_trainers=2, state=True)
+        values = {"error": error, "lost_trainers": 2, "cancel_requested": True}  # it failed before it saw the cancel
+        job_id = put_job(service, status=JobStatus.FAILED, state=True, **values)
         resumed = client.fine_tuning.jobs.resume(job_id)
         assert (resumed.status, resumed.error, resumed.finished_at) == ("queued", None, None)
-        assert stored_job(service, job_id).lost_trainers == 0
+        row = stored_job(service, job_id)
+        assert (row.lost_trainers, row.cancel_requested) == (0, False)
         assert service.queue.messages == [(TaskName.TRAIN, job_id)]
 
     def test_a_failed_job_needs_its_files(self, service: Service, client: OpenAI) -> None:

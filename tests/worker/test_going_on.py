@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,9 +30,10 @@ from tests.worker.support import BASE_MODEL, TTL, Service, chat_rows, wait_until
 from uora.artifact import loads
 from uora.spec import TrainingOptions
 from worker import child_process, progress
+from worker.child import ReportingObserver
 from worker.context import Resources
 from worker.lease import LeaseLost, claim
-from worker.messages import Evaluated, State, Step
+from worker.messages import ChildRequest, Evaluated, State, Step, parse_report
 from worker.progress import JobProgress
 from worker.sweeping import sweep
 from worker.tasks.training import train
@@ -292,6 +295,18 @@ class TestState:
         shown = any_service.job(lease.job_id).progress
         assert shown is not None
         assert shown["step"] == 10
+
+    def test_a_step_whose_state_is_given_twice(self, tmp_path: Path) -> None:
+        """The parent may remove the first file when the second is there already."""
+        stream = io.StringIO()
+        observer = ReportingObserver(ChildRequest.model_construct(work_dir=tmp_path), stream)
+        for content in (b"periodic", b"at the stop"):
+            observer.on_state(20, content)
+
+        said = [parse_report(line) for line in stream.getvalue().splitlines()]
+        assert all(isinstance(report, State) and report.step == 20 for report in said)
+        files = [report.file for report in said if isinstance(report, State)]
+        assert [(tmp_path / file).read_bytes() for file in files] == [b"periodic", b"at the stop"]
 
     def test_an_attempt_that_lost_its_lease_keeps_nothing(self, any_service: Service) -> None:
         job_id = any_service.add_job()
