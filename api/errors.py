@@ -4,13 +4,17 @@
 ApiError 500 internal_error
   ├── InvalidRequest 400          a value that cannot be used; names its parameter
   │     ├── UnsupportedParameter    a parameter of OpenAI's that is not offered here
-  │     └── JobNotCancellable       the job has ended
+  │     ├── JobNotCancellable       the job has ended
+  │     ├── JobNotPausable          it has ended, or is being cancelled
+  │     ├── JobNotResumable         it is not paused, and has not failed with a state to go on from
+  │     └── NotPromotable           the job has no model, or no checkpoint that would be the best
   ├── NotAuthenticated 401
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
   ├── PermissionDenied 403
   ├── NotFound 404                not there, or of another project: a caller cannot tell which
   │     ├── FileNotFound
   │     ├── JobNotFound
+  │     ├── CheckpointNotFound
   │     └── ModelNotFound
   ├── Conflict 409
   │     └── FileInUse               an unfinished job needs the file
@@ -87,6 +91,26 @@ class JobNotCancellable(InvalidRequest):
     should_retry = False
 
 
+class JobNotPausable(InvalidRequest):
+    """The job has ended, or is being cancelled."""
+
+    code = "job_not_pausable"
+    should_retry = False
+
+
+class JobNotResumable(InvalidRequest):
+    """The job is not paused, and has not failed with a state to go on from."""
+
+    code = "job_not_resumable"
+    should_retry = False
+
+
+class NotPromotable(InvalidRequest):
+    """The job has no model that a checkpoint could take the place of, or no checkpoint that would be the best."""
+
+    code = "checkpoint_not_promotable"
+
+
 class NotAuthenticated(ApiError):
     """No key, an unknown one or a revoked one."""
 
@@ -127,6 +151,12 @@ class JobNotFound(NotFound):
     """No such fine-tuning job in the caller's project."""
 
     code = "job_not_found"
+
+
+class CheckpointNotFound(NotFound):
+    """No such checkpoint of the job."""
+
+    code = "checkpoint_not_found"
 
 
 class ModelNotFound(NotFound):

@@ -68,9 +68,11 @@ class Settings(DatabaseSettings):
     heartbeat_interval: timedelta = timedelta(seconds=2)
     #: How often the sweeper rings again for jobs that nobody works on.
     sweep_interval: timedelta = timedelta(seconds=15)
-    #: From SIGTERM to SIGKILL when a training child is stopped.
+    #: From SIGTERM to SIGKILL when a training child is stopped for good.
     stop_grace: timedelta = timedelta(seconds=2)
-    #: Claims of one job before it fails as ``trainer_lost``.
+    #: The same for a pause or a shutdown: time to end the step and to write the state that the job goes on from.
+    pause_grace: timedelta = timedelta(seconds=60)
+    #: Trainers lost in a row, none of which kept a later state, before a job fails as ``trainer_lost``.
     max_attempts: int = Field(default=3, ge=1)
 
     @model_validator(mode="after")

@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from uora.artifact import loads
 from worker import failures
-from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
     from uora.data import Dataset, Row
@@ -28,15 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 class ReportingObserver:
-    """``uora.training.TrainingObserver`` that writes a line per report, artifacts into the work folder."""
+    """``uora.training.TrainingObserver`` that writes a line per report, artifacts and states into the work folder."""
 
     def __init__(self, request: ChildRequest, stream: TextIO) -> None:
         self._request = request
         self._stream = stream
+        self._total_steps: int | None = None
+        self._states = 0
         self._stopped = False
 
     def on_start(self, total_steps: int) -> None:
         """Report the beginning."""
+        self._total_steps = total_steps
         self._send(Started(total_steps=total_steps))
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -45,18 +49,31 @@ class ReportingObserver:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Store the adapter as it is now and report it."""
-        file = self._store(f"step-{evaluation.step}", evaluation.artifact)
+        file = self._store(f"step-{evaluation.step}.safetensors", evaluation.artifact)
         self._send(Evaluated(step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
+
+    def on_state(self, step: int, state: bytes) -> None:
+        """Store what the run can go on from, and report it once it is whole.
+
+        Each in a file of its own, which the parent removes: a stop may give the state of one step twice.
+        """
+        self._states += 1
+        self._send(State(step=step, file=self._store(f"{self._states}.state", state)))
+
+    def on_stopped(self) -> None:
+        """Report that the run stopped as it was asked to."""
+        self._send(Stopped())
 
     def on_done(self, result: TrainingResult) -> None:
         """Store the final adapter and report it."""
         self._send(
             Done(
-                file=self._store("final", result.artifact),
+                file=self._store("final.safetensors", result.artifact),
                 trained_tokens=result.trained_tokens,
                 steps=result.steps,
                 hits=result.hits,
                 metrics=dict(result.metrics),
+                stopped_early=result.steps < (self._total_steps or 0),
             )
         )
 
@@ -65,17 +82,17 @@ class ReportingObserver:
         self._send(Failed(failure=failures.describe(error, param=param)))
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM has arrived: asked at every step, in case some library swallowed the exception."""
+        """Whether SIGTERM has arrived."""
         return self._stopped
 
-    def stop(self, _signal: int, _frame: object) -> NoReturn:
-        """Handle SIGTERM: unwind at once, so that temporary files are removed on the way out."""
+    def stop(self, _signal: int, _frame: object) -> None:
+        """Handle SIGTERM: let the step end and its state be written; unwind at once where no step was begun."""
         self._stopped = True
-        raise SystemExit(128 + signal.SIGTERM)
+        if self._total_steps is None:
+            raise SystemExit(128 + signal.SIGTERM)
 
-    def _store(self, name: str, artifact: bytes) -> str:
-        file = f"{name}.safetensors"
-        (self._request.work_dir / file).write_bytes(artifact)
+    def _store(self, file: str, content: bytes) -> str:
+        (self._request.work_dir / file).write_bytes(content)
         return file
 
     def _send(self, report: Report) -> None:
@@ -84,7 +101,7 @@ class ReportingObserver:
 
 
 def main() -> int:
-    """Read the request, train, report. Returns the exit status: 0 when a result or an error was reported."""
+    """Read the request, train, report. Returns the exit status: 0 when a result, a stop or an error was reported."""
     stream = _take_stdout()
     line = sys.stdin.buffer.readline()
     if not line:
@@ -103,13 +120,19 @@ def _run(request: ChildRequest, observer: ReportingObserver) -> None:
     reading: str | None = None
     try:
         from uora.data import read_file
+        from uora.training import TrainingStopped
 
         reading = "training_file"
         training = read_file(request.training_file, request.spec.task)
         reading = "validation_file"
         validation = read_file(request.validation_file, request.spec.task) if request.validation_file else None
         reading = None
-        observer.on_done(_train(request, observer, training=training, validation=validation))
+        try:
+            result = _train(request, observer, training=training, validation=validation)
+        except TrainingStopped:
+            observer.on_stopped()
+        else:
+            observer.on_done(result)
     except Exception as error:
         logger.exception("training failed")
         observer.on_error(error, param=reading)
@@ -137,6 +160,8 @@ def _train(
         observer=observer,
         cache_dir=request.cache_dir,
         dtype=pick_dtype(request.dtype),
+        resume=request.resume.read_bytes() if request.resume else None,
+        warm_start=loads(request.warm_start.read_bytes()) if request.warm_start else None,
     )
 
 
@@ -156,14 +181,16 @@ def _leave_with_parent(work_dir: Path) -> None:
     os._exit(1)
 
 
-def _exit(status: int) -> NoReturn:
+def run_and_exit() -> NoReturn:
+    """The process from its first line to its last."""
+    try:
+        status = main()
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
     # Everything is written and removed by now; taking torch down in good order would last seconds more.
     sys.stderr.flush()
     os._exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        _exit(main())
-    except SystemExit as stopped:
-        _exit(int(stopped.code or 0))
+    run_and_exit()

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, cast
 
+import psutil
 from pydantic import ValidationError
 
 from worker.lease import Lease
@@ -44,6 +45,8 @@ class ChildProcess:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        #: The most memory that `sample_memory` saw.
+        self.peak_bytes = 0
         self._stdin, self._stdout, self._stderr = (
             cast(IO[str], stream) for stream in (process.stdin, process.stdout, process.stderr)
         )
@@ -95,6 +98,15 @@ class ChildProcess:
             return self._process.wait(timeout=grace.total_seconds())
         except subprocess.TimeoutExpired:
             return None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the child alone: what it started may be needed to end the step."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def sample_memory(self) -> None:
+        """Look at what the child holds now, for `peak_bytes`."""
+        with suppress(psutil.Error):  # it has just ended
+            self.peak_bytes = max(self.peak_bytes, psutil.Process(self._process.pid).memory_info().rss)
 
     def stop(self, grace: timedelta) -> None:
         """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""

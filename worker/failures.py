@@ -32,22 +32,21 @@ class Failure(BaseModel):
     param: str | None = None
 
 
+#: What to do about a job that needs too much memory.
+LESS_MEMORY = (
+    "Use a smaller batch_size (training.gradient_accumulation_steps makes up for it), a smaller training.max_length "
+    "or training.gradient_checkpointing; or give the trainer more memory and resume the job."
+)
 INTERNAL = Failure(
     kind=FailureKind.PLATFORM,
     code="internal_error",
     message="The job was stopped by an error inside the service, which its log describes. Nothing is wrong with "
     "your request; create the job again, and tell whoever runs the service if it happens twice.",
 )
-KILLED = Failure(
-    kind=FailureKind.PLATFORM,
-    code="out_of_memory_or_killed",
-    message="The training process was killed by the system, most likely because memory ran out. Use a "
-    "smaller batch_size or shorter rows, or give the trainer more memory.",
-)
 OUT_OF_MEMORY = Failure(
     kind=FailureKind.PLATFORM,
     code="out_of_memory",
-    message="Training needed more memory than the trainer has. Use a smaller batch_size or shorter rows.",
+    message=f"Training needed more memory than the trainer has. {LESS_MEMORY}",
 )
 DISK_FULL = Failure(
     kind=FailureKind.PLATFORM,
@@ -57,8 +56,8 @@ DISK_FULL = Failure(
 TRAINER_LOST = Failure(
     kind=FailureKind.PLATFORM,
     code="trainer_lost",
-    message="Every trainer that started this job vanished before it was done, and no more attempts are made. If "
-    "the job needs more memory than the trainers have, use a smaller batch_size or shorter rows.",
+    message="Several trainers in a row vanished without getting further with this job, and no more attempts are "
+    f"made. If the job needs more memory than the trainers have: {LESS_MEMORY}",
 )
 BASE_MODEL_UNAVAILABLE = Failure(
     kind=FailureKind.PLATFORM,
@@ -67,6 +66,21 @@ BASE_MODEL_UNAVAILABLE = Failure(
     "when that is mended.",
     param="model",
 )
+
+
+def killed(*, peak_bytes: int, total_bytes: int) -> Failure:
+    """A training process that ended by a SIGKILL that nobody here sent.
+
+    Args:
+        peak_bytes: the most memory that it was seen with.
+        total_bytes: memory that processes of its machine may have.
+    """
+    return Failure(
+        kind=FailureKind.PLATFORM,
+        code="out_of_memory_or_killed",
+        message="The training process was killed by the system, most likely because memory ran out: it was seen with "
+        f"{peak_bytes / 2**30:.1f} GiB of the {total_bytes / 2**30:.1f} GiB that there are. {LESS_MEMORY}",
+    )
 
 
 def describe(error: BaseException, *, param: str | None = None) -> Failure:

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, case, delete, false, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
+import api.projects.models  # noqa: F401 - jobs refer to its table
 from api.database import UtcDateTime, now
-from api.jobs.models import Checkpoint, Job, JobStatus
-from api.models.models import Adapter
+from api.jobs.models import Job, JobStatus
+from api.jobs.repository import state_step
 
 Sessions = sessionmaker[Session]
 
@@ -41,22 +42,25 @@ class Renewal:
 
     ours: bool
     cancel_requested: bool
+    pause_requested: bool
 
 
 def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_attempts: int = 3) -> Lease | None:
     """Take a job that is queued, or whose trainer vanished. Of several claimers one succeeds.
 
-    Checkpoints of an attempt that was lost are deleted with the claim: the job starts again from step 0.
+    The job goes on from its kept state. What later steps of a lost attempt left stays: those steps are made again, and
+    what they report again is not written twice.
 
     Args:
         sessions: where the job is.
         job_id: the job to take.
         owner: names this worker.
         ttl: how long the claim holds without a renewal.
-        max_attempts: vanished trainers after which nobody may try again (the sweeper fails the job).
+        max_attempts: vanished trainers in a row, none of which kept a later state, after which nobody may try again
+            (the sweeper fails the job).
 
     Returns:
-        The lease, or None if the job is not free: somebody has it, it is over, or it is to be cancelled.
+        The lease, or None if the job is not free: somebody has it, it is over, or it is to be cancelled or paused.
     """
     with sessions.begin() as session:
         moment = database_now(session)
@@ -66,6 +70,7 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
             .where(
                 Job.id == job_id,
                 Job.cancel_requested == false(),
+                Job.pause_requested == false(),
                 or_(Job.status == JobStatus.QUEUED, lost),
             )
             .values(
@@ -74,8 +79,7 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
                 lease_until=moment + ttl,
                 attempt=Job.attempt + 1,
                 lost_trainers=Job.lost_trainers + case((Job.status == JobStatus.RUNNING, 1), else_=0),
-                started_at=moment,
-                progress=None,
+                started_at=func.coalesce(Job.started_at, moment),
                 estimated_finish=None,
             )
             .returning(Job.project_id, Job.attempt)
@@ -83,7 +87,7 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
         ).one_or_none()
         if taken is None:
             return None
-        _delete_checkpoints(session, job_id)
+        rewind(session, job_id)
         return Lease(job_id=job_id, project_id=taken.project_id, attempt=taken.attempt, owner=owner)
 
 
@@ -93,31 +97,28 @@ def renew(sessions: Sessions, lease: Lease, *, ttl: timedelta) -> Renewal:
     A lease that ran out but that nobody has taken yet is still ours.
     """
     with sessions.begin() as session:
-        cancel_requested = session.scalar(
+        found = session.execute(
             update(Job)
             .where(_held(lease))
             .values(lease_until=database_now(session) + ttl)
-            .returning(Job.cancel_requested)
+            .returning(Job.cancel_requested, Job.pause_requested)
             .execution_options(synchronize_session=False)
-        )
-    return Renewal(ours=cancel_requested is not None, cancel_requested=bool(cancel_requested))
+        ).one_or_none()
+    if found is None:
+        return Renewal(ours=False, cancel_requested=False, pause_requested=False)
+    return Renewal(ours=True, cancel_requested=found.cancel_requested, pause_requested=found.pause_requested)
 
 
-def release(sessions: Sessions, lease: Lease) -> bool:
-    """Give the job back to the queue, for an orderly shutdown.
-
-    Returns:
-        False if it is no longer ours, or to be cancelled: nobody would claim it from the queue.
-    """
-    with sessions.begin() as session:
-        freed = session.scalar(
-            update(Job)
-            .where(_held(lease), Job.cancel_requested == false())
-            .values(status=JobStatus.QUEUED, lease_owner=None, lease_until=None, progress=None)
-            .returning(Job.id)
-            .execution_options(synchronize_session=False)
-        )
-    return freed is not None
+def rewind(session: Session, job_id: str) -> int | None:
+    """Let a job's progress say where it would go on, and return that step; None if that is the beginning."""
+    step = state_step(session, job_id)
+    job = session.execute(select(Job).where(Job.id == job_id).execution_options(populate_existing=True)).scalar_one()
+    if step is None or job.progress is None:
+        job.progress = None
+    elif job.progress["step"] != step:  # a lost attempt had come further
+        job.progress = {"step": step, "total_steps": job.progress["total_steps"]}
+    job.estimated_finish = None
+    return step
 
 
 @contextmanager
@@ -166,10 +167,3 @@ def database_now(session: Session) -> datetime:
 
 def _held(lease: Lease) -> ColumnElement[bool]:
     return and_(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.status == JobStatus.RUNNING)
-
-
-def _delete_checkpoints(session: Session, job_id: str) -> None:
-    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job_id))
-    session.execute(
-        delete(Adapter).where(Adapter.job_id == job_id, Adapter.checkpoint_step.is_not(None)),
-    )

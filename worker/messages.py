@@ -30,6 +30,10 @@ class ChildRequest(_Message):
     base_source: str
     training_file: Path
     validation_file: Path | None
+    #: The state to go on from; None to begin with step 1.
+    resume: Path | None
+    #: The adapter to begin with instead of a new one.
+    warm_start: Path | None
     #: Folder for the child's results, removed by the parent.
     work_dir: Path
     cache_dir: Path
@@ -54,6 +58,7 @@ class Step(_Message):
     train_loss: float | None
     train_mean_token_accuracy: float | None
     learning_rate: float | None
+    gradient_norm: float | None
     tokens_per_second: float | None
     seconds_left: float | None
     hits: int
@@ -69,6 +74,20 @@ class Evaluated(_Message):
     file: str
 
 
+class State(_Message):
+    """What a run can go on from after ``step`` lies, whole, in ``file`` of the work folder."""
+
+    type: Literal["state"] = "state"
+    step: int
+    file: str
+
+
+class Stopped(_Message):
+    """The run stopped because it was asked to; the state of its last step was reported before."""
+
+    type: Literal["stopped"] = "stopped"
+
+
 class Done(_Message):
     """The run is complete; the adapter lies in ``file`` of the work folder."""
 
@@ -78,6 +97,8 @@ class Done(_Message):
     steps: int
     hits: int
     metrics: Metrics
+    #: Whether there would have been more steps.
+    stopped_early: bool
 
 
 class Failed(_Message):
@@ -87,7 +108,7 @@ class Failed(_Message):
     failure: Failure
 
 
-Report = Annotated[Started | Step | Evaluated | Done | Failed, Field(discriminator="type")]
+Report = Annotated[Started | Step | Evaluated | State | Stopped | Done | Failed, Field(discriminator="type")]
 _reports: TypeAdapter[Report] = TypeAdapter(Report)
 
 

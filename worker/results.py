@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import exists, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from api.database import now
+from api.database import new_id, now
+from api.files.models import File
+from api.files.schemas import RESULTS
 from api.jobs.models import Job, JobStatus
-from api.jobs.repository import add_event
+from api.jobs.repository import add_event, best_checkpoint, drop_state
+from api.storage import ObjectStore
 from uora.artifact import Artifact, loads
 from worker.failures import Failure
-from worker.lease import Lease, Sessions, writing
+from worker.lease import Lease, Sessions, rewind, writing
+from worker.measurements import measurements_csv
 from worker.messages import Done
 from worker.progress import make_adapter, result_name
 
@@ -25,8 +33,12 @@ class Finished:
     artifact: bytes
 
 
-def succeed(sessions: Sessions, lease: Lease, finished: Finished) -> None:
-    """Commit the adapter and "succeeded" in one transaction: neither is ever there without the other.
+#: Name of the file with a job's measurements.
+RESULT_FILENAME = "step_metrics.csv"
+
+
+def succeed(sessions: Sessions, lease: Lease, finished: Finished, *, storage: ObjectStore) -> None:
+    """Commit the adapter, the result file and "succeeded" in one transaction: none is ever there without the others.
 
     A cancel that was accepted before this commit wins: the user was told that there will be no model.
 
@@ -35,15 +47,21 @@ def succeed(sessions: Sessions, lease: Lease, finished: Finished) -> None:
         ArtifactError: the child wrote something else than an adapter.
     """
     verified = loads(finished.artifact)
-    with writing(sessions, lease) as (session, job):
-        if job.cancel_requested:
-            mark_cancelled(session, job)
-        else:
-            _mark_succeeded(session, job, finished, verified)
+    file_id = new_id("file-")
+    try:
+        with writing(sessions, lease) as (session, job):
+            if job.cancel_requested:
+                mark_cancelled(session, job)
+            else:
+                _mark_succeeded(session, job, finished, verified)
+                _add_result_file(session, job, file_id, storage)
+    except BaseException:
+        _remove_orphan(sessions, file_id, storage)
+        raise
 
 
 def fail(sessions: Sessions, lease: Lease, failure: Failure) -> None:
-    """Record why there will be no model. Checkpoints made before stay: each is whole, and may be of use.
+    """Record why there will be no model. Checkpoints and the state stay: each is whole, and may be of use.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
@@ -60,6 +78,29 @@ def cancel(sessions: Sessions, lease: Lease) -> None:
     """
     with writing(sessions, lease) as (session, job):
         mark_cancelled(session, job)
+
+
+def interrupt(sessions: Sessions, lease: Lease) -> None:
+    """Record that the training stopped before its end: for a cancel or a pause, or else to be queued again.
+
+    Raises:
+        LeaseLost: the job is no longer this worker's.
+    """
+    with writing(sessions, lease) as (session, job):
+        if job.cancel_requested:
+            mark_cancelled(session, job)
+        elif job.pause_requested:
+            mark_paused(session, job)
+        else:
+            _leave(job, JobStatus.QUEUED)
+            rewind(session, job.id)
+
+
+def mark_paused(session: Session, job: Job) -> None:
+    """Stop a job, which the caller has locked, until its user resumes it."""
+    _leave(job, JobStatus.PAUSED)
+    step = rewind(session, job.id)
+    add_event(session, job.id, message="Paused" if step is None else f"Paused after step {step}")
 
 
 def mark_failed(session: Session, job: Job, failure: Failure) -> None:
@@ -83,6 +124,7 @@ def add_failure_event(session: Session, job_id: str, failure: Failure) -> None:
 def mark_cancelled(session: Session, job: Job) -> None:
     """End a job that the caller has locked."""
     _end(job, JobStatus.CANCELLED)
+    drop_state(session, job.id)
     add_event(session, job.id, message="Cancelled", level="warn")
 
 
@@ -90,15 +132,48 @@ def _mark_succeeded(session: Session, job: Job, finished: Finished, verified: Ar
     name = result_name(session, job)
     session.add(make_adapter(job, name, verified, finished.artifact))
     _end(job, JobStatus.SUCCEEDED)
+    drop_state(session, job.id)
+    best = best_checkpoint(session, job.id)
+    job.best_step = best.step_number if best else None
+    job.stopped_early = finished.done.stopped_early
     job.fine_tuned_model = name
     job.trained_tokens = finished.done.trained_tokens
     add_event(session, job.id, message=f"New fine-tuned model created: {name}")
     add_event(session, job.id, message="The job has successfully completed")
 
 
+def _add_result_file(session: Session, job: Job, file_id: str, storage: ObjectStore) -> None:
+    content = measurements_csv(session, job.id)
+    stored = storage.write(file_id, io.BytesIO(content), max_bytes=len(content))
+    session.add(
+        File(
+            id=file_id,
+            project_id=job.project_id,
+            filename=RESULT_FILENAME,
+            purpose=RESULTS,
+            bytes=stored.bytes,
+            sha256=stored.sha256,
+            storage_key=file_id,
+        )
+    )
+    job.result_files = [file_id]
+
+
+def _remove_orphan(sessions: Sessions, file_id: str, storage: ObjectStore) -> None:
+    """Remove bytes that no row names; where the database does not answer, its commit may have come through."""
+    with suppress(SQLAlchemyError), sessions() as session:
+        if not session.scalar(select(exists().where(File.id == file_id))):
+            storage.delete(file_id)
+
+
 def _end(job: Job, status: JobStatus) -> None:
-    job.status = status
+    _leave(job, status)
     job.finished_at = now()
+
+
+def _leave(job: Job, status: JobStatus) -> None:
+    job.status = status
+    job.pause_requested = False
     job.estimated_finish = None
     job.lease_owner = None
     job.lease_until = None

@@ -13,13 +13,13 @@ from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
 
-from worker import failures
+from worker import failures, memory
 from worker.child_process import ChildProcess
 from worker.context import Resources
 from worker.failures import Failure
-from worker.lease import Lease, LeaseLost, renew
-from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step
-from worker.progress import JobProgress, read_artifact
+from worker.lease import Lease, LeaseLost, Renewal, renew
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stopped
+from worker.progress import JobProgress, read_stored, remove_stored
 from worker.results import Finished
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: How soon a shutdown is noticed while the child reports nothing.
 _POLL_SECONDS = 0.2
+#: How a child ends that SIGTERM reached before its first step; a service manager sends it to all processes at once.
+_TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class CancelRequested:
 
 
 @dataclass(frozen=True)
-class ShuttingDown:
-    """This worker was told to leave; the child is gone."""
+class Interrupted:
+    """The child stopped before its end, for a pause or because this worker leaves; what it kept is stored."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class TakenOver:
     """Somebody else has the job; the child is gone and nothing may be written."""
 
 
-Outcome = Finished | Failure | CancelRequested | ShuttingDown | TakenOver
+Outcome = Finished | Failure | CancelRequested | Interrupted | TakenOver
 
 
 def supervise(resources: Resources, lease: Lease, request: ChildRequest) -> Outcome:
@@ -85,13 +87,19 @@ class _Watch:
         self._child = child
         self._progress = JobProgress(resources.sessions, lease)
         self._next_beat = monotonic()
+        #: When a child that was asked to stop is not waited for any longer.
+        self._stop_by: float | None = None
 
     def until_end(self) -> Outcome:
         while True:
-            if self._resources.stopping.is_set():
-                return ShuttingDown()
-            if monotonic() >= self._next_beat and self._beat():
+            renewal = self._beat() if monotonic() >= self._next_beat else None
+            if renewal is not None and renewal.cancel_requested:
                 return CancelRequested()
+            if self._resources.stopping.is_set() or (renewal is not None and renewal.pause_requested):
+                self._ask_to_stop()
+            if self._stop_by is not None and monotonic() >= self._stop_by:
+                return Interrupted()
+            self._child.sample_memory()
             try:
                 report = self._child.next_report(within_seconds=_POLL_SECONDS)
             except queue.Empty:
@@ -100,14 +108,24 @@ class _Watch:
             if outcome is not None:
                 return outcome
 
-    def _beat(self) -> bool:
-        """Renew the lease; answers whether the job is to be cancelled."""
+    def _beat(self) -> Renewal:
+        """Renew the lease, and learn whether the job is to stop.
+
+        Raises:
+            LeaseLost: somebody else has it.
+        """
         settings = self._resources.settings
         renewal = self._patiently(lambda: renew(self._resources.sessions, self._lease, ttl=settings.lease_ttl))
         if not renewal.ours:
             raise LeaseLost(f"job {self._lease.job_id}: attempt {self._lease.attempt} was taken over")
         self._next_beat = monotonic() + settings.heartbeat_interval.total_seconds()
-        return renewal.cancel_requested
+        return renewal
+
+    def _ask_to_stop(self) -> None:
+        """Ask once; the child ends its step and reports its state."""
+        if self._stop_by is None:
+            self._stop_by = monotonic() + self._resources.settings.pause_grace.total_seconds()
+            self._child.ask_to_stop()
 
     def _record(self, report: Report) -> Outcome | None:
         match report:
@@ -116,21 +134,31 @@ class _Watch:
             case Step():
                 self._patiently(lambda: self._progress.on_step(report))
             case Evaluated():
-                artifact = read_artifact(self._request.work_dir, report.file)
+                artifact = read_stored(self._request.work_dir, report.file)
                 self._patiently(lambda: self._progress.on_evaluation(report, artifact))
+            case State():
+                state = read_stored(self._request.work_dir, report.file)
+                self._patiently(lambda: self._progress.on_state(report, state))
+                remove_stored(self._request.work_dir, report.file)
+            case Stopped():
+                return Interrupted()
             case Done():
-                return Finished(done=report, artifact=read_artifact(self._request.work_dir, report.file))
+                return Finished(done=report, artifact=read_stored(self._request.work_dir, report.file))
             case Failed():
                 self._child.log_stderr(self._lease, level=_log_level(report.failure))
                 return report.failure
         return None
 
-    def _ended(self) -> Failure:
+    def _ended(self) -> Outcome:
         """The child is gone without a result."""
         status = self._child.wait(self._resources.settings.stop_grace)
+        if self._stop_by is not None or status in _TERMINATED:
+            return Interrupted()
         self._child.log_stderr(self._lease, level=logging.ERROR)
         logger.error("job %s: the training process ended with status %s", self._lease.job_id, status)
-        return failures.KILLED if status == -signal.SIGKILL else failures.INTERNAL
+        if status != -signal.SIGKILL:
+            return failures.INTERNAL
+        return failures.killed(peak_bytes=self._child.peak_bytes, total_bytes=memory.total_bytes())
 
     def _patiently(self, write: Callable[[], T]) -> T:
         return patiently(write, patience=self._resources.settings.lease_ttl)

@@ -12,7 +12,7 @@ from api.queue import TaskName
 from worker import failures
 from worker.context import Resources
 from worker.lease import database_now
-from worker.results import mark_cancelled, mark_failed
+from worker.results import mark_cancelled, mark_failed, mark_paused
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ MAX_RINGS = 100
 
 
 def sweep(held: Resources) -> None:
-    """End the jobs that no trainer will, then ring for those that wait for one."""
+    """End or pause the jobs that no trainer will, then ring for those that wait for one."""
     _end_abandoned(held)
     _ring_again(held)
 
@@ -31,7 +31,7 @@ def _end_abandoned(held: Resources) -> None:
         out_of_attempts = Job.lost_trainers + 1 >= held.settings.max_attempts
         statement = (
             select(Job)
-            .where(_lost(session), or_(Job.cancel_requested, out_of_attempts))
+            .where(_lost(session), or_(Job.cancel_requested, Job.pause_requested, out_of_attempts))
             .with_for_update(skip_locked=True)  # its trainer renews it this moment: not lost after all
         )
         for job in session.scalars(statement):
@@ -39,6 +39,8 @@ def _end_abandoned(held: Resources) -> None:
             job.lost_trainers += 1
             if job.cancel_requested:
                 mark_cancelled(session, job)
+            elif job.pause_requested:
+                mark_paused(session, job)
             else:
                 mark_failed(session, job, failures.TRAINER_LOST)
 
@@ -49,7 +51,10 @@ def _ring_again(held: Resources) -> None:
             TaskName.VALIDATE: _ids(session, _stale_validation(held, session)),
             TaskName.TRAIN: _ids(
                 session,
-                or_(Job.status == JobStatus.QUEUED, and_(_lost(session), Job.cancel_requested == false())),
+                or_(
+                    Job.status == JobStatus.QUEUED,
+                    and_(_lost(session), Job.cancel_requested == false(), Job.pause_requested == false()),
+                ),
             ),
         }
     for task, job_ids in due.items():

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 from alembic import command
 from alembic.config import Config
+from honcho import manager as honcho_manager
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from sqlalchemy.orm import Session
@@ -31,6 +32,8 @@ from api.projects.repository import has_keys
 from api.projects.service import create_api_key, ensure_project
 from api.settings import DatabaseSettings, Settings
 
+#: Beyond the trainer's own graces, until what still runs after Ctrl-C is killed.
+STOP_SECONDS = 5.0
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "default"
 
@@ -144,6 +147,8 @@ def main() -> None:
     check_free(arguments.host, arguments.port)
     check_free(engine.hostname or "127.0.0.1", engine.port or 80)
     migrate(settings)
+    # honcho has no other place for it; its 5 seconds would cost a trainer the step it is in, and its state.
+    honcho_manager.KILL_WAIT = (settings.pause_grace + settings.stop_grace).total_seconds() + STOP_SECONDS
     manager = make_manager(host=arguments.host, port=arguments.port, engine_url=settings.engine_url)
     url = f"http://{arguments.host}:{arguments.port}"
     threading.Thread(target=_welcome, args=(settings, url), daemon=True).start()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, cast
 
 from sqlalchemy import exists, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,10 +18,10 @@ from api.files.repository import FileRepository
 from api.jobs.models import Job, JobEvent, JobStatus
 from api.jobs.repository import add_event, move_job
 from api.queue import TaskName
-from api.unit_of_work import open_unit_of_work
+from api.unit_of_work import UnitOfWork, open_unit_of_work
 from uora.data import Dataset, Row, read_file
 from uora.errors import BaseModelError, UoraError
-from uora.spec import HyperparameterRequest, Task, TrainingSpec, parse_adapter, resolve
+from uora.spec import HyperparameterRequest, Task, TrainingOptions, TrainingSpec, parse_adapter, resolve
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
@@ -28,8 +29,15 @@ from worker.results import add_failure_event, stored_error
 
 logger = logging.getLogger(__name__)
 
-#: What the service's jobs learn.
-TASK: Final[Task] = "chat"
+Datasets = dict[str, Dataset[Row]]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Good files: what is run on them, and what was found in them."""
+
+    spec: TrainingSpec
+    report: dict[str, Any] | None
 
 
 class Refused(Exception):
@@ -46,7 +54,7 @@ def validate(held: Resources, job_id: str) -> None:
     if job is None:
         return
     try:
-        spec = _check(held, job)
+        checked = _check(held, job)
     except Refused as refused:
         _fail(held, job, refused.failure)
     except SQLAlchemyError:
@@ -55,7 +63,7 @@ def validate(held: Resources, job_id: str) -> None:
         logger.exception("job %s: validation failed", job.id)
         _fail(held, job, failures.describe(error))
     else:
-        _queue(held, job, spec)
+        _queue(held, job, checked)
 
 
 def _begin(held: Resources, job_id: str) -> Job | None:
@@ -77,18 +85,37 @@ def _announce(session: Session, job: Job) -> None:
         add_event(session, job.id, message=message)
 
 
-def _check(held: Resources, job: Job) -> TrainingSpec:
-    datasets = {"training_file": _read(held, job, job.training_file, param="training_file")}
+def _check(held: Resources, job: Job) -> Checked:
+    datasets: Datasets = {"training_file": _read(held, job, job.training_file, param="training_file")}
     if job.validation_file:
         datasets["validation_file"] = _read(held, job, job.validation_file, param="validation_file")
     _check_examples(held, job, datasets)
-    return resolve(
+    spec = resolve(
         HyperparameterRequest.model_validate(job.hyperparameters),
         adapter=parse_adapter(job.adapter),
         learning_rate=job.learning_rate,
         seed=job.seed,
         n_examples=len(datasets["training_file"].rows),
+        task=_task(job),
+        options=_options(job),
     )
+    return Checked(spec=spec, report=describe_datasets(job, datasets))
+
+
+def describe_datasets(job: Job, datasets: Datasets) -> dict[str, Any] | None:  # noqa: ARG001 - for what comes here
+    """What the user is told about the files, as JSON: the place where ``job.dataset_report`` comes from.
+
+    None stores nothing and says nothing.
+    """
+    return None
+
+
+def _task(job: Job) -> Task:
+    return cast(Task, job.task)  # checked by the api
+
+
+def _options(job: Job) -> TrainingOptions:
+    return TrainingOptions.model_validate(job.options)
 
 
 def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row]:
@@ -96,7 +123,7 @@ def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row
         with held.sessions() as session:
             key = FileRepository(session, job.project_id).get(file_id).storage_key
         with _refusing(param), held.storage.local_path(key) as path:
-            return read_file(path, TASK)
+            return read_file(path, _task(job))
     except (FileNotFound, FileNotFoundError) as error:
         logger.warning("job %s: %s", job.id, error)
         message = f"The file {file_id} is not there any more. Upload it again and create a new job."
@@ -104,16 +131,17 @@ def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row
         raise Refused(missing) from error
 
 
-def _check_examples(held: Resources, job: Job, datasets: dict[str, Dataset[Row]]) -> None:
+def _check_examples(held: Resources, job: Job, datasets: Datasets) -> None:
     """Make sure that every row fits the base model, with its own tokenizer and template."""
     # Loads torch, which takes seconds: not before the files are known to be well-formed.
     from uora.models import fetch
     from uora.training.tasks import training_task
 
-    source = held.settings.base_models.get(job.model)
+    source = held.settings.base_models.get(job.base_model)
     if source is None:
-        raise BaseModelError(f"{job.model!r} is not among the base models of this process's settings.")
-    task = training_task(TASK, fetch(job.model, source, cache_dir=held.settings.cache_dir), datasets["training_file"])
+        raise BaseModelError(f"{job.base_model!r} is not among the base models of this process's settings.")
+    base = fetch(job.base_model, source, cache_dir=held.settings.cache_dir)
+    task = training_task(_task(job), base, datasets["training_file"], options=_options(job))
     for param, dataset in datasets.items():
         with _refusing(param):
             task.examples(dataset)
@@ -128,18 +156,32 @@ def _refusing(param: str) -> Iterator[None]:
         raise Refused(failures.describe(error, param=param)) from error
 
 
-def _queue(held: Resources, job: Job, spec: TrainingSpec) -> None:
+def _queue(held: Resources, job: Job, checked: Checked) -> None:
     with open_unit_of_work(held.sessions, held.queue) as work:
+        # Locked: a pause that is asked for now must not fall between the look and the move.
+        statement = select(Job.pause_requested).where(Job.id == job.id).with_for_update()
+        pause = work.session.scalar(statement)
         moved = move_job(
             work.session,
             job.id,
             source=JobStatus.VALIDATING_FILES,
-            target=JobStatus.QUEUED,
-            training_spec=spec.model_dump(mode="json"),
+            target=JobStatus.PAUSED if pause else JobStatus.QUEUED,
+            pause_requested=False,
+            training_spec=checked.spec.model_dump(mode="json"),
+            dataset_report=checked.report,
         )
         if moved:
-            add_event(work.session, job.id, message="Files validated, moving job to queued state")
-            work.ring(TaskName.TRAIN, job.id)
+            _announce_queued(work, job, checked, paused=bool(pause))
+
+
+def _announce_queued(work: UnitOfWork, job: Job, checked: Checked, *, paused: bool) -> None:
+    if checked.report is not None:
+        add_event(work.session, job.id, message="Files were read", data=checked.report)
+    if paused:
+        add_event(work.session, job.id, message="Files validated; the job is paused")
+        return
+    add_event(work.session, job.id, message="Files validated, moving job to queued state")
+    work.ring(TaskName.TRAIN, job.id)
 
 
 def _fail(held: Resources, job: Job, failure: Failure) -> None:
@@ -151,6 +193,7 @@ def _fail(held: Resources, job: Job, failure: Failure) -> None:
             target=JobStatus.FAILED,
             error=stored_error(failure),
             finished_at=now(),
+            pause_requested=False,
         )
         if moved:
             add_failure_event(work.session, job.id, failure)

@@ -33,6 +33,8 @@ from api.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+#: Tasks whose models answer with text.
+WRITING_TASKS = ("chat", "completion")
 #: OpenAI's parameters that are not offered yet, with the values that ask for nothing (null always does).
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -79,9 +81,16 @@ def to_engine(body: ChatCompletionCreate, served: ServedModel, *, max_rows: int)
 
     Raises:
         UnsupportedParameter: it asks for something that would have to be ignored.
-        InvalidRequest: its parameters contradict each other, or ask for too many answers.
+        InvalidRequest: its parameters contradict each other, ask for too many answers, or its model writes no text.
     """
     _refuse_unsupported(body)
+    if served.task not in WRITING_TASKS:
+        raise InvalidRequest(
+            f"The model {served.name} was trained for {served.task} and writes no text; expected a base model, or one "
+            f"trained for {' or '.join(WRITING_TASKS)}.",
+            param="model",
+            code="model_not_supported",
+        )
     n = body.n or 1
     if n > max_rows:
         raise InvalidRequest(f"n: found {n}; expected at most {max_rows}.", param="n")

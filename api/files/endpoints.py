@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from starlette.responses import StreamingResponse
@@ -16,6 +16,7 @@ from api.pagination import ListObject, PageQuery
 
 router = APIRouter(prefix="/files", tags=["files"])
 
+AnyPurpose = Purpose | Literal["fine-tune-results"]
 FilePage = Annotated[PageQuery, Depends(PageParams(default_limit=10_000, max_limit=10_000))]
 
 _UPLOAD_BODY: dict[str, Any] = {
@@ -52,7 +53,10 @@ def create_file(caller: CallerDep, work: WorkDep, resources: ResourcesDep, uploa
 
 @router.get("")
 def list_files(
-    caller: CallerDep, session: ReadSessionDep, query: FilePage, purpose: Purpose | None = None
+    caller: CallerDep,
+    session: ReadSessionDep,
+    query: FilePage,
+    purpose: AnyPurpose | None = None,
 ) -> ListObject[FileObject]:
     """List the project's files."""
     return ListObject.of(service.list_files(session, caller, query=query, purpose=purpose), FileObject.of)

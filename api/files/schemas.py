@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +12,7 @@ from api.pagination import Shown
 
 
 class Purpose(StrEnum):
-    """What OpenAI's API lets a client upload a file for."""
+    """What OpenAI's API lets a client upload a file for; results are written by jobs."""
 
     ASSISTANTS = "assistants"
     BATCH = "batch"
@@ -20,6 +20,10 @@ class Purpose(StrEnum):
     VISION = "vision"
     USER_DATA = "user_data"
     EVALS = "evals"
+
+
+#: Purpose of the files that jobs write.
+RESULTS: Final = "fine-tune-results"
 
 
 class ExpiresAfter(BaseModel):

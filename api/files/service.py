@@ -13,7 +13,6 @@ from api.database import new_id, now
 from api.errors import FileInUse
 from api.files.models import File
 from api.files.repository import FileRepository
-from api.files.schemas import Purpose
 from api.files.upload import Upload
 from api.jobs.repository import JobRepository
 from api.pagination import Page, PageQuery
@@ -45,8 +44,8 @@ def create(work: UnitOfWork, caller: Caller, *, upload: Upload, storage: ObjectS
     )
 
 
-def list_files(session: Session, caller: Caller, *, query: PageQuery, purpose: Purpose | None) -> Page[File]:
-    """A page of the project's files."""
+def list_files(session: Session, caller: Caller, *, query: PageQuery, purpose: str | None) -> Page[File]:
+    """A page of the project's files, or of those with one purpose."""
     criteria = () if purpose is None else (File.purpose == purpose,)
     return FileRepository(session, caller.project_id).page(query, *criteria)
 

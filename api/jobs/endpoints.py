@@ -68,6 +68,18 @@ def cancel_job(job_id: str, caller: CallerDep, session: SessionDep) -> FineTunin
     return FineTuningJob.of(service.cancel(session, caller, job_id))
 
 
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, caller: CallerDep, session: SessionDep) -> FineTuningJob:
+    """Stop a job so that it can go on later."""
+    return FineTuningJob.of(service.pause(session, caller, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, caller: CallerDep, work: WorkDep) -> FineTuningJob:
+    """Go on with a paused job, or with a failed one whose state was kept."""
+    return FineTuningJob.of(service.resume(work, caller, job_id))
+
+
 @router.get("/{job_id}/events")
 def list_events(
     job_id: str, caller: CallerDep, session: ReadSessionDep, query: JobPage
@@ -84,3 +96,11 @@ def list_checkpoints(
     """List a job's checkpoints, newest first."""
     page = service.list_checkpoints(session, caller, job_id=job_id, query=query)
     return ListObject.of(page, FineTuningJobCheckpoint.of)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/promote")
+def promote_checkpoint(
+    job_id: str, checkpoint_id: str, caller: CallerDep, session: SessionDep
+) -> FineTuningJobCheckpoint:
+    """Let the job's model answer as this checkpoint; ``best`` is the one of the lowest validation loss."""
+    return FineTuningJobCheckpoint.of(service.promote(session, caller, job_id=job_id, checkpoint_id=checkpoint_id))

@@ -6,33 +6,39 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey
+from sqlalchemy import BigInteger, ForeignKey, LargeBinary
 from sqlalchemy.orm import Mapped, mapped_column
 
-from api.database import Base, Listed
+from api.database import Base, JsonColumn, Listed, Sequence, now
 
 
 class JobStatus(StrEnum):
-    """OpenAI's job states."""
+    """OpenAI's job states; ``paused`` is what its own example of a pause answers."""
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
-#: Every move a job may make; running -> queued is a job whose trainer was lost or shut down.
+#: Every move a job may make; running -> queued is a job whose trainer was lost or shut down, failed -> queued one that
+#: is resumed from its kept state.
 MOVES: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.VALIDATING_FILES: frozenset({JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}),
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
-    JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.VALIDATING_FILES: frozenset({JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset(
+        {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
     JobStatus.SUCCEEDED: frozenset(),
-    JobStatus.FAILED: frozenset(),
+    JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
     JobStatus.CANCELLED: frozenset(),
 }
-ENDED = frozenset(status for status, moves in MOVES.items() if not moves)
+#: Nothing happens to these by itself any more.
+ENDED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
 
 class Job(Base, Listed):
@@ -46,8 +52,14 @@ class Job(Base, Listed):
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"), index=True)
     status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES, index=True)
-    #: Base model.
+    #: What the client named: a base model, or a fine-tuned one to start from.
     model: Mapped[str]
+    base_model: Mapped[str]
+    #: The fine-tuned model to start from, and the digest that it had when the job was made.
+    warm_start: Mapped[str | None]
+    warm_start_digest: Mapped[str | None]
+    #: ``uora.spec.Task``.
+    task: Mapped[str] = mapped_column(default="chat")
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
     suffix: Mapped[str | None]
@@ -60,21 +72,34 @@ class Job(Base, Listed):
     adapter: Mapped[dict[str, Any]]
     #: Absolute peak learning rate asked for in ``peft``; None for the default.
     learning_rate: Mapped[float | None]
+    #: ``uora.spec.TrainingOptions``.
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     #: ``uora.spec.TrainingSpec`` once the rows were counted.
     training_spec: Mapped[dict[str, Any] | None]
-    #: {"step", "total_steps", "train_loss", "tokens_per_second", "seconds_left", "hits"} while running.
+    #: What was found in the files.
+    dataset_report: Mapped[dict[str, Any] | None]
+    #: The latest step's numbers (``worker.progress``); {"step", "total_steps"} where it begins.
     progress: Mapped[dict[str, Any] | None]
     #: {"code", "message", "param"} when failed.
     error: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
+    #: Ids of files with the job's measurements.
+    result_files: Mapped[list[str]] = mapped_column(JsonColumn, default=list)
+    #: Whether the run ended before its last step because it got no better; None until it succeeded.
+    stopped_early: Mapped[bool | None]
+    #: Step of the checkpoint with the lowest validation loss; None without a validation file.
+    best_step: Mapped[int | None]
+    #: When its first attempt began.
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     estimated_finish: Mapped[datetime | None]
 
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    #: Asked of a job that is validated or trained: it stops where that can be, and goes on when it is resumed.
+    pause_requested: Mapped[bool] = mapped_column(default=False)
     attempt: Mapped[int] = mapped_column(default=0)
-    #: Attempts that ended with a trainer that vanished; an orderly shutdown does not count.
+    #: Attempts in a row that ended with a trainer that vanished before it had kept a later state than was there.
     lost_trainers: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
@@ -101,3 +126,19 @@ class Checkpoint(Base, Listed):
     step_number: Mapped[int]
     model_name: Mapped[str]
     metrics: Mapped[dict[str, Any]]
+
+
+class TrainingState(Base):
+    """Everything that another process needs to go on with a job after ``step``: one row per job, the newest."""
+
+    __tablename__ = "training_states"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True, unique=True)
+    #: Of the job, when this was written.
+    attempt: Mapped[int]
+    step: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(default=lambda: now())
+    #: ``resume`` of ``uora.training.train``.
+    state: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)

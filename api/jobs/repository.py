@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Select, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, Select, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from api.database import new_id, now
-from api.errors import JobNotFound
-from api.jobs.models import ENDED, MOVES, Checkpoint, Job, JobEvent, JobStatus
+from api.errors import CheckpointNotFound, JobNotFound
+from api.jobs.models import ENDED, MOVES, Checkpoint, Job, JobEvent, JobStatus, TrainingState
 from api.pagination import Page, PageQuery, paginate
 from api.repository import Repository
 
@@ -34,6 +34,17 @@ class JobRepository(Repository[Job]):
     def checkpoints(self, job: Job, query: PageQuery) -> Page[Checkpoint]:
         """A page of the job's checkpoints."""
         return paginate(self.session, self._of(Checkpoint, job), model=Checkpoint, query=query)
+
+    def checkpoint(self, job: Job, checkpoint_id: str) -> Checkpoint:
+        """One of the job's checkpoints; raises ``CheckpointNotFound``."""
+        found: Checkpoint | None = self.session.scalar(self._of(Checkpoint, job).where(Checkpoint.id == checkpoint_id))
+        if found is None:
+            raise CheckpointNotFound(f"The job {job.id} has no checkpoint {checkpoint_id!r}.")
+        return found
+
+    def best_checkpoint(self, job: Job) -> Checkpoint | None:
+        """The job's checkpoint of the lowest validation loss, the earliest of equals; None if none has one."""
+        return best_checkpoint(self.session, job.id)
 
     def has_label(self, key: str, value: str) -> ColumnElement[bool]:
         """Criterion: the job's metadata has this pair."""
@@ -65,6 +76,43 @@ def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobSta
     if target not in MOVES[source]:
         raise ValueError(f"no job moves from {source} to {target}; the moves from there are {MOVES[source]}")
     statement = update(Job).where(Job.id == job_id, Job.status == source).values(status=target, **values)
+    return _changed_one(session, statement)
+
+
+def best_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
+    """The job's checkpoint of the lowest validation loss, the earliest of equals; None if none has one."""
+    of_job = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step_number)
+    measured = [found for found in session.scalars(of_job) if found.metrics.get("valid_loss") is not None]
+    return min(measured, key=lambda found: float(found.metrics["valid_loss"]), default=None)
+
+
+def state_step(session: Session, job_id: str) -> int | None:
+    """The step after which the job would go on; None if no state of it is kept."""
+    return session.scalar(select(TrainingState.step).where(TrainingState.job_id == job_id))
+
+
+def drop_state(session: Session, job_id: str) -> None:
+    """Forget the state of a job that will not go on."""
+    session.execute(delete(TrainingState).where(TrainingState.job_id == job_id))
+
+
+def request_pause(session: Session, job_id: str, *, status: JobStatus) -> bool:
+    """Ask whoever validates or trains the job to stop; False if it has another status, or is to be cancelled."""
+    statement = (
+        update(Job)
+        .where(Job.id == job_id, Job.status == status, Job.cancel_requested.is_(False))
+        .values(pause_requested=True)
+    )
+    return _changed_one(session, statement)
+
+
+def withdraw_pause(session: Session, job_id: str, *, status: JobStatus) -> bool:
+    """Take back a pause that has not happened yet; False if there is none to take back."""
+    statement = (
+        update(Job)
+        .where(Job.id == job_id, Job.status == status, Job.pause_requested.is_(True))
+        .values(pause_requested=False)
+    )
     return _changed_one(session, statement)
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from api.jobs.models import Checkpoint, Job, JobEvent
 from api.pagination import Shown
@@ -15,6 +25,8 @@ from uora.spec import (
     LoraSpec,
     OloraSpec,
     OsoraSpec,
+    Task,
+    TrainingOptions,
     UoraSpec,
     VeraSpec,
     default_method,
@@ -110,6 +122,25 @@ class JobCreate(_Request):
     integrations: list[dict[str, Any]] | None = None
     #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
     peft: PeftRequest = Field(default_factory=UoraRequest)
+    #: Ours too.
+    training: TrainingOptions = TrainingOptions()
+    #: Ours too: what the rows of the files are, and what is learned from them.
+    task: Task = "chat"
+
+    _peft_as_sent: frozenset[str] = PrivateAttr(frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_peft(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(value)
+        if isinstance(value, Mapping) and isinstance(peft := value.get("peft"), Mapping):
+            made._peft_as_sent = frozenset(peft)
+        return made
+
+    @property
+    def adapter_as_sent(self) -> dict[str, Any]:
+        """The settings of ``peft`` that the client named; a method that nobody named is not among them."""
+        return self.peft.adapter().model_dump(mode="json", include=set(self._peft_as_sent))
 
 
 class JobError(BaseModel):
@@ -134,7 +165,7 @@ class Method(BaseModel):
 
 
 class FineTuningJob(Shown):
-    """OpenAI's job, with two keys of ours: ``progress`` and ``adapter``."""
+    """OpenAI's job, and keys of ours from ``progress`` on."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -151,14 +182,22 @@ class FineTuningJob(Shown):
     hyperparameters: dict[str, Any]
     method: Method
     seed: int
-    result_files: list[str] = Field(default_factory=list)
+    result_files: list[str]
     integrations: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None
     error: JobError | None
-    #: Step, loss, speed and seconds left while it runs.
+    #: Step, loss, speed and seconds left, learning rate and gradient norm of the latest step.
     progress: dict[str, Any] | None
     #: What is trained: the method and its settings, with the learning rate once it is settled.
     adapter: dict[str, Any]
+    task: str
+    #: How it is trained (``uora.spec.TrainingOptions``).
+    options: dict[str, Any]
+    #: What was found in the files, once they were checked.
+    dataset_report: dict[str, Any] | None
+    stopped_early: bool | None
+    #: Step of the checkpoint with the lowest validation loss.
+    best_step: int | None
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -179,10 +218,16 @@ class FineTuningJob(Shown):
             hyperparameters=hyperparameters,
             method=Method(supervised=SupervisedMethod(hyperparameters=hyperparameters)),
             seed=job.seed,
+            result_files=job.result_files,
             metadata=job.labels,
             error=None if job.error is None else JobError(**job.error),
             progress=job.progress,
             adapter={**job.adapter, "learning_rate": _learning_rate(job)},
+            task=job.task,
+            options=job.options,
+            dataset_report=job.dataset_report,
+            stopped_early=job.stopped_early,
+            best_step=job.best_step,
         )
 
 

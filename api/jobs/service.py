@@ -4,47 +4,61 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from typing import assert_never
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import new_id, now
-from api.errors import InvalidRequest, JobNotCancellable, ModelNotFound, UnsupportedParameter
+from api.errors import InvalidRequest, ModelNotFound, NotPromotable, UnsupportedParameter
 from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
+from api.jobs import moving
 from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
-from api.jobs.repository import JobRepository, add_event, move_job, request_cancel
+from api.jobs.repository import JobRepository, add_event
 from api.jobs.schemas import MAX_SEED, JobCreate
+from api.models.models import Adapter
+from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork
-from uora.spec import HyperparameterRequest
+from uora.spec import HyperparameterRequest, parse_adapter
 
-#: A job moves at most twice while it is being cancelled; more rounds mean a fault.
-CANCEL_ROUNDS = 5
+#: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
+FREE_SETTINGS = frozenset({"dropout", "tau"})
+#: Instead of a checkpoint's id: the one of the lowest validation loss.
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a new job starts from: a base model as it is, or with the adapter of a fine-tuned model."""
+
+    base_model: str
+    #: ``uora.spec.AdapterSpec``.
+    adapter: dict[str, Any]
+    task: str
+    tuned: Adapter | None = None
 
 
 def create(work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
     """Insert the job and ring for its validation.
 
     Raises:
-        ModelNotFound: an unknown base model.
+        ModelNotFound: neither a base model nor one of the project's.
         FileNotFound: a file that is not in the project.
-        InvalidRequest: a file that cannot be used, or what is not offered.
+        InvalidRequest: a file that cannot be used, settings that do not go together, or what is not offered.
     """
     _refuse_unsupported(body)
-    if body.model not in base_models:
-        raise ModelNotFound(
-            f"The model {body.model!r} cannot be fine-tuned; expected one of {sorted(base_models)}.",
-            param="model",
-        )
+    _check_validation_needs(body)
+    start = _find_start(work.session, caller, body=body, base_models=base_models)
     files = FileRepository(work.session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             _check_file(files.lock(file_id, shared=True, param=param), param=param)
-    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body))
+    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start))
     add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
     work.ring(TaskName.VALIDATE, job.id)
     return job
@@ -83,36 +97,97 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
         JobNotCancellable: it has ended.
     """
     job = JobRepository(session, caller.project_id).get(job_id)
-    for _ in range(CANCEL_ROUNDS):
-        if _try_cancel(session, job):
-            session.refresh(job)
-            return job
-        session.refresh(job)  # a worker moved it in between
-    raise RuntimeError(f"{job_id} changed {CANCEL_ROUNDS} times while it was cancelled; it is {job.status}")
+    return moving.until_done(session, job, lambda: moving.try_cancel(session, job))
 
 
-def _try_cancel(session: Session, job: Job) -> bool:
-    """One guarded attempt from the status that was read; False if the job has another one by now."""
-    status = JobStatus(job.status)
-    match status:
-        case JobStatus.VALIDATING_FILES | JobStatus.QUEUED:
-            moved = move_job(
-                session, job.id, source=status, target=JobStatus.CANCELLED, finished_at=now(), progress=None
+def pause(session: Session, caller: Caller, job_id: str) -> Job:
+    """Pause the job where nothing runs yet, else ask whoever works on it to stop. Twice is as good as once.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotPausable: it has ended, or is being cancelled.
+    """
+    job = JobRepository(session, caller.project_id).get(job_id)
+    return moving.until_done(session, job, lambda: moving.try_pause(session, job))
+
+
+def resume(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
+    """Queue a paused job again, or a failed one whose state was kept; take back a pause that has not happened yet.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotResumable: it is not paused, and has not failed with a state to go on from.
+        FileNotFound: a file that it needs was deleted since it failed.
+    """
+    job = JobRepository(work.session, caller.project_id).get(job_id)
+    return moving.until_done(work.session, job, lambda: moving.try_resume(work, caller, job))
+
+
+def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str) -> Checkpoint:
+    """Let the job's model answer as the checkpoint, or as the ``best``; twice is as good as once.
+
+    The adapter that answered before is still there under the name of its own checkpoint.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        CheckpointNotFound: the job has no such checkpoint.
+        NotPromotable: the job has no model, or none of its checkpoints has a validation loss.
+    """
+    jobs = JobRepository(session, caller.project_id)
+    job = jobs.get(job_id)
+    checkpoint = jobs.best_checkpoint(job) if checkpoint_id == BEST else jobs.checkpoint(job, checkpoint_id)
+    if checkpoint is None:
+        raise NotPromotable(
+            f"No checkpoint of the job {job.id} has a validation loss, so none is the best; name one by its id, or "
+            "give the next job a validation_file."
+        )
+    adapters = AdapterRepository(session, caller.project_id)
+    final = adapters.lock(job.fine_tuned_model) if job.fine_tuned_model else None
+    if final is None:
+        raise NotPromotable(
+            f"The job {job.id} is {job.status} and has no model; only a model that is there can answer as a "
+            f"checkpoint. {checkpoint.model_name} can be asked by its own name."
+        )
+    if adapters.replace(final, adapters.get(checkpoint.model_name)):
+        add_event(session, job.id, message=f"{final.id} answers as {checkpoint.model_name} from now on")
+    return checkpoint
+
+
+def _find_start(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Start:
+    if body.model in base_models:
+        return Start(base_model=body.model, adapter=body.peft.adapter().model_dump(mode="json"), task=body.task)
+    tuned = AdapterRepository(session, caller.project_id).find(body.model)
+    if tuned is None or tuned.base_model not in base_models:
+        raise ModelNotFound(
+            f"The model {body.model!r} cannot be fine-tuned; expected one of {sorted(base_models)}, or a fine-tuned "
+            "model of yours on one of them.",
+            param="model",
+        )
+    adapter = parse_adapter(tuned.manifest["adapter"]).model_dump(mode="json")
+    has = {f"peft.{name}": value for name, value in adapter.items()} | {"task": tuned.manifest.get("task", "chat")}
+    sent = {f"peft.{name}": value for name, value in body.adapter_as_sent.items()}
+    for name in FREE_SETTINGS & body.adapter_as_sent.keys() & adapter.keys():
+        adapter[name] = sent.pop(f"peft.{name}")
+    if "task" in body.model_fields_set:
+        sent["task"] = body.task
+    for param, value in sent.items():
+        if has.get(param) != value:
+            raise InvalidRequest(
+                f"Found {param} {value!r}, but {body.model} has {has.get(param)!r}, which training it further cannot "
+                f"change; leave {param} out, or start from the base model {tuned.base_model}.",
+                param=param,
             )
-            if moved:
-                add_event(session, job.id, message="Cancelled", level="warn")
-            return moved
-        case JobStatus.RUNNING:
-            if job.cancel_requested:
-                return True
-            asked = request_cancel(session, job.id)
-            if asked:
-                add_event(session, job.id, message="Cancellation requested", level="warn")
-            return asked
-        case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED:
-            raise JobNotCancellable(f"The job {job.id} is already {status}; only an unfinished one can be cancelled.")
-        case _:
-            assert_never(status)
+    return Start(base_model=tuned.base_model, adapter=adapter, task=has["task"], tuned=tuned)
+
+
+def _check_validation_needs(body: JobCreate) -> None:
+    if body.training.needs_validation and body.validation_file is None:
+        raise InvalidRequest(
+            "training.early_stopping_patience and training.load_best_model_at_end compare validation losses; give a "
+            "validation_file, or leave them out.",
+            param="validation_file",
+            code="missing_required_parameter",
+        )
 
 
 def _refuse_unsupported(body: JobCreate) -> None:
@@ -144,20 +219,25 @@ def _check_file(file: File, *, param: str) -> None:
         )
 
 
-def _new_job(caller: Caller, body: JobCreate) -> Job:
+def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
         status=JobStatus.VALIDATING_FILES,
         model=body.model,
+        base_model=start.base_model,
+        warm_start=start.tuned and start.tuned.id,
+        warm_start_digest=start.tuned and start.tuned.digest,
+        task=start.task,
         training_file=body.training_file,
         validation_file=body.validation_file,
         suffix=body.suffix,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         labels=body.metadata,
         hyperparameters=_hyperparameters(body).model_dump(mode="json"),
-        adapter=body.peft.adapter().model_dump(mode="json"),
+        adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
+        options=body.training.model_dump(mode="json"),
         created_at=now(),
     )
 

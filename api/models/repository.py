@@ -28,6 +28,17 @@ class AdapterRepository(Repository[Adapter]):
         """The final model of a job and its checkpoints."""
         return self.session.scalars(self.visible().where(Adapter.job_id == job_id)).all()
 
+    def lock(self, name: str) -> Adapter | None:
+        """The row, locked until the transaction ends; None if there is none."""
+        return self.session.scalar(self.visible().where(Adapter.id == name).with_for_update())
+
+    def replace(self, adapter: Adapter, source: Adapter) -> bool:
+        """Let ``adapter`` answer as ``source`` does; False if it does already."""
+        if adapter.digest == source.digest:
+            return False
+        adapter.digest, adapter.manifest, adapter.artifact = source.digest, source.manifest, source.artifact
+        return True
+
     def delete(self, adapters: Sequence[Adapter]) -> None:
         """Delete them and the checkpoints that are named like them."""
         names = [adapter.id for adapter in adapters]

@@ -32,6 +32,8 @@ class ServedModel:
     name: str
     base_model: str
     adapter: AdapterRef | None
+    #: ``uora.spec.Task`` that the adapter was trained for.
+    task: str = "chat"
 
 
 def model_name(base_model: str, *, slug: str, suffix: str | None, job_id: str) -> str:
@@ -68,7 +70,10 @@ def resolve(session: Session, caller: Caller, *, name: str, base_models: Collect
         return ServedModel(name=name, base_model=name, adapter=None)
     adapter = _get_adapter(session, caller, name)
     return ServedModel(
-        name=name, base_model=adapter.base_model, adapter=AdapterRef(id=adapter.id, digest=adapter.digest)
+        name=name,
+        base_model=adapter.base_model,
+        adapter=AdapterRef(id=adapter.id, digest=adapter.digest),
+        task=adapter.manifest.get("task", "chat"),
     )
 
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from api.database import new_id, now
 from api.files.models import File
-from api.jobs.models import Checkpoint, Job, JobStatus
+from api.jobs.models import Checkpoint, Job, JobStatus, TrainingState
 from api.models.models import Adapter
 from api.models.service import checkpoint_name, model_name
 from tests.api.support import Tenant
@@ -41,7 +41,9 @@ def add_job(session: Session, tenant: Tenant, **values: Any) -> Job:
         "status": JobStatus.VALIDATING_FILES,
         "model": "tiny",
         "training_file": "file-training",
+        "task": "chat",
         "seed": 1,
+        "base_model": values.get("model", "tiny"),
         "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
         "adapter": {"method": "uora", "r": 8},
         "created_at": now(),
@@ -52,18 +54,20 @@ def add_job(session: Session, tenant: Tenant, **values: Any) -> Job:
     return job
 
 
-def add_adapter(session: Session, tenant: Tenant, job: Job, *, step: int | None = None) -> Adapter:
-    """The job's final model, or its checkpoint of ``step`` with the checkpoint's row."""
-    name = model_name(job.model, slug=tenant.slug, suffix=job.suffix, job_id=job.id)
+def add_adapter(
+    session: Session, tenant: Tenant, job: Job, *, step: int | None = None, valid_loss: float | None = None
+) -> Adapter:
+    """The job's final model, or its checkpoint of ``step`` with the checkpoint's row; each answers differently."""
+    name = model_name(job.base_model, slug=tenant.slug, suffix=job.suffix, job_id=job.id)
     adapter = Adapter(
         id=name if step is None else checkpoint_name(name, step=step),
         project_id=tenant.project_id,
         job_id=job.id,
-        base_model=job.model,
+        base_model=job.base_model,
         checkpoint_step=step,
-        digest="d" * 64,
-        manifest={"format": 1},
-        artifact=b"vectors",
+        digest=("d" if step is None else str(step)[-1]) * 64,
+        manifest={"format": 1, "adapter": job.adapter, "task": job.task},
+        artifact=f"vectors of {step}".encode(),
         created_at=now(),
     )
     session.add(adapter)
@@ -74,9 +78,15 @@ def add_adapter(session: Session, tenant: Tenant, job: Job, *, step: int | None 
                 job_id=job.id,
                 step_number=step,
                 model_name=adapter.id,
-                metrics={"step": step, "train_loss": 0.5},
+                metrics={"step": step, "train_loss": 0.5} | ({} if valid_loss is None else {"valid_loss": valid_loss}),
                 created_at=now(),
             )
         )
     session.flush()
     return adapter
+
+
+def add_state(session: Session, job: Job, *, step: int = 20) -> None:
+    """What the job would go on from."""
+    session.add(TrainingState(job_id=job.id, attempt=1, step=step, bytes=5, state=b"state"))
+    session.flush()

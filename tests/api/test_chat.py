@@ -138,6 +138,15 @@ class TestAnswer:
 class TestRefusal:
     """What never reaches the engine."""
 
+    def test_a_classifier_writes_no_text(self, service: Service, client: OpenAI) -> None:
+        with service.sessions.begin() as session:
+            job = add_job(session, service.tenant, status=JobStatus.SUCCEEDED, task="classification")
+            name = add_adapter(session, service.tenant, job).id
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=name, messages=HI)
+        assert (caught.value.code, caught.value.param) == ("model_not_supported", "model")
+        assert service.engine.requests == []
+
     @pytest.mark.parametrize("name", ["gpt-4o", "ft:tiny:acme-corp::00000000", "tiny ", "org%2Fslashed", "Tiny"])
     def test_an_unknown_model_is_never_the_base_model(self, service: Service, client: OpenAI, name: str) -> None:
         for stream in (False, True):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from alembic import command
 from sqlalchemy import inspect
+from sqlalchemy.orm import Session
 
 from api.database import Base, make_engine
+from api.jobs.models import Job, JobEvent, JobStatus
 from tests.api.support import ROOT, alembic_config, empty_database
 
 
@@ -44,6 +46,37 @@ def test_the_models_are_what_the_migrations_make(empty_url: str) -> None:
     config = alembic_config(empty_url)
     command.upgrade(config, "head")
     command.check(config)
+
+
+OLD_ROWS = (
+    "INSERT INTO projects (id, created_at, name, slug) VALUES ('p', '2026-11-22 10:00:00', 'Acme', 'acme')",
+    "INSERT INTO jobs (id, created_at, project_id, status, model, training_file, seed, hyperparameters, adapter, "
+    "cancel_requested, attempt, lost_trainers) VALUES ('j', '2026-11-22 10:00:00', 'p', 'queued', 'tiny', 'f', 1, "
+    "'{}', '{}', false, 0, 0)",
+    "INSERT INTO job_events (id, created_at, job_id, level, type, message) VALUES "
+    "('e', '2026-11-22 10:00:00', 'j', 'info', 'message', 'Created')",
+)
+
+
+def test_jobs_of_the_release_before_go_on(empty_url: str) -> None:
+    config = alembic_config(empty_url)
+    command.upgrade(config, "0001")
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        for statement in OLD_ROWS:
+            connection.exec_driver_sql(statement)
+    command.upgrade(config, "head")
+    with Session(engine) as session, session.begin():
+        job = session.query(Job).one()
+        assert (job.model, job.base_model, job.task, job.warm_start) == ("tiny", "tiny", "chat", None)
+        assert (job.options, job.result_files, job.pause_requested) == ({}, [], False)
+        assert session.query(JobEvent).count() == 1
+        job.status, job.model = JobStatus.PAUSED, "ft:tiny:acme::12345678"
+    command.downgrade(config, "0001")
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("SELECT status, model FROM jobs").one() == ("cancelled", "tiny")
+        assert connection.exec_driver_sql("SELECT count(*) FROM job_events").scalar_one() == 1
+    engine.dispose()
 
 
 def test_every_foreign_key_has_an_index_and_every_list_an_order(empty_url: str) -> None:

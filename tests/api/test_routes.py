@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute, iter_route_contexts
 
 from api.auth import current_caller
 from api.database import new_id
-from api.jobs.models import JobStatus
+from api.jobs.models import Checkpoint, JobStatus
 from api.jobs.repository import add_event
 from api.main import create_app
 from api.router import PUBLIC_ROUTES
@@ -56,8 +56,8 @@ ID_ROUTES = [route for route in TENANT_ROUTES if "{" in route.path]
 
 
 def test_the_walk_sees_the_routes() -> None:
-    assert len(TENANT_ROUTES) >= 14
-    assert len(ID_ROUTES) >= 9
+    assert len(TENANT_ROUTES) >= 17
+    assert len(ID_ROUTES) >= 12
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
@@ -73,14 +73,19 @@ def test_a_public_route_exists() -> None:
 def ids(service: Service) -> dict[str, str]:
     """Something of the first project for each parameter of a path."""
     with service.sessions.begin() as session:
-        job = add_job(session, service.tenant, status=JobStatus.RUNNING)
+        job = add_job(session, service.tenant, status=JobStatus.RUNNING, pause_requested=True)
         add_event(session, job.id, message="private")
         file = add_file(session, service.tenant)
         service.settings.storage_dir.joinpath(file.id).write_bytes(b"private...")
+        model = add_adapter(session, service.tenant, job)
+        job.fine_tuned_model = model.id
+        add_adapter(session, service.tenant, job, step=5)
+        checkpoint = session.query(Checkpoint).filter_by(job_id=job.id).one()
         return {
             "{file_id}": file.id,
             "{job_id}": job.id,
-            "{model:path}": add_adapter(session, service.tenant, job).id,
+            "{model:path}": model.id,
+            "{checkpoint_id}": checkpoint.id,
         }
 
 

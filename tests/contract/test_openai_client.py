@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
 
-from api.jobs.models import JobStatus
+from api.jobs.models import Job, JobStatus
 from tests.api.engine import START, delta
 from tests.api.rows import add_adapter, add_job
 from tests.api.support import NO_TLS, Service
@@ -77,6 +77,24 @@ def test_our_extensions_need_no_other_client(service: Service, client: OpenAI) -
         with pytest.raises(openai.BadRequestError) as caught:
             client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"peft": {key: 8}})
         assert caught.value.param == f"peft.{key}"
+
+
+def test_pause_and_resume_as_the_client_has_them(service: Service) -> None:
+    """Without a body, answered by the job; a status that is not in the client's enum arrives all the same."""
+    client = service.client(max_retries=2)
+    file = client.files.create(file=ROWS, purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    with service.sessions.begin() as session:
+        session.query(Job).filter_by(id=job.id).update({"status": JobStatus.QUEUED})
+    raw = client.fine_tuning.jobs.with_raw_response.pause(job.id)
+    assert raw.http_request.content == b""
+    assert (raw.parse().id, raw.parse().status) == (job.id, "paused")
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.fine_tuning.jobs.resume(job.id)
+    assert caught.value.code == "job_not_resumable"
+    assert caught.value.request.headers["x-stainless-retry-count"] == "0"
 
 
 def test_a_failed_generation_is_raised_in_the_middle_of_a_stream(service: Service, client: OpenAI) -> None:

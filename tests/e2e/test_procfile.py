@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 from honcho.environ import parse_procfile
 
+from api.settings import Settings
 from worker.up import ROOT
 
 
@@ -12,6 +13,15 @@ def test_compose_runs_the_commands_of_the_procfile() -> None:
     processes = parse_procfile((ROOT / "Procfile").read_text()).processes
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert {name: services[name]["command"] for name in processes} == dict(processes)
+
+
+def test_a_trainer_has_the_time_to_keep_its_state() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    settings = Settings(_env_file=None, engine_token="x")
+    assert (
+        int(services["trainer"]["stop_grace_period"].removesuffix("s"))
+        > (settings.pause_grace + settings.stop_grace).total_seconds()
+    )
 
 
 def test_images_run_without_root_and_the_api_has_no_torch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
-from tests.e2e.support import SYSTEM, Running, ask, chat_rows, service, upload, wait_for, wait_job
+from tests.e2e.support import ENDED, SYSTEM, Running, ask, chat_rows, service, upload, wait_for, wait_job
 
 WORDS = ["sun", "moon", "rain", "snow", "wind", "leaf", "rock", "sand"]
 #: A tiny random model learns to begin with the right letter, and no more.
@@ -167,6 +170,50 @@ def test_cancel_stops_the_training_process(running: Running) -> None:
     assert not [model for model in client.models.list() if model.id.startswith("ft:")]
 
 
+def test_a_paused_job_goes_on_where_it_stopped(running: Running) -> None:
+    client = running.client("calm")
+    rows = chat_rows([(word, "day") for word in WORDS] * 20)
+    job = tune(client, rows, hyperparameters={"n_epochs": 20, "batch_size": 8}, validation_file=upload(client, DAY))
+    wait_for(lambda: (client.fine_tuning.jobs.retrieve(job.id).progress or {}).get("step"))  # type: ignore[attr-defined]
+    client.fine_tuning.jobs.pause(job.id)
+    paused = wait_job(client, job.id, until=("paused", *ENDED))
+    assert paused.status == "paused"
+    assert not children(running)
+    step = paused.progress["step"]  # type: ignore[attr-defined]
+    client.fine_tuning.jobs.resume(job.id)
+    done = wait_job(client, job.id)
+    assert done.status == "succeeded", done.error
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=1000))
+    assert f"Resuming from step {step}" in [event.message for event in events]
+    (file_id,) = done.result_files
+    table = list(csv.DictReader(io.StringIO(client.files.content(file_id).text)))
+    assert [int(line["step"]) for line in table] == sorted({int(line["step"]) for line in table})
+    assert int(table[-1]["step"]) == 400
+    assert float(table[-1]["valid_loss"]) < float(table[0]["train_loss"])
+
+    # The best checkpoint answers under the model's own name, and another job starts from there.
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    first = checkpoints[-1]
+    promoted = client.post(
+        f"/fine_tuning/jobs/{job.id}/checkpoints/{first.id}/promote", cast_to=FineTuningJobCheckpoint
+    )
+    assert promoted.id == first.id
+    model = done.fine_tuned_model or ""
+    assert ask(client, model, "moon") == ask(client, first.fine_tuned_model_checkpoint, "moon")
+    further = client.fine_tuning.jobs.create(
+        model=model,
+        training_file=upload(client, NIGHT),
+        seed=1,
+        hyperparameters=QUICK,
+        extra_body={"peft": {"learning_rate": 0.1}},
+    )
+    night = wait_job(client, further.id)
+    assert night.status == "succeeded", night.error
+    assert night.model == model
+    assert ask(client, night.fine_tuned_model or "", "moon", max_tokens=1) == "n"
+
+
 def test_a_killed_training_process_is_reported_and_the_service_goes_on(running: Running) -> None:
     client = running.client("unlucky")
     job_id = long_job(client)
@@ -189,13 +236,22 @@ def test_ready_names_its_parts(running: Running) -> None:
 
 def test_a_second_start_finds_the_data_of_the_first(tmp_path: Path, base_models: dict[str, str]) -> None:
     options = {"UORA_CACHE_DIR": str(tmp_path / "cache"), "UORA_DTYPE": "float32", "UORA_TORCH_THREADS": "1"}
+    options |= {"UORA_SWEEP_INTERVAL": "PT1S"}
     with service(tmp_path / "home", base_models, **options) as first:
         client = first.client("patient")
         file_id = upload(client, DAY)
+        job_id = long_job(client)
         wait_for(lambda: "Your key, shown only now" in first.log.read_text())
     with service(tmp_path / "home", base_models, **options) as second:
         again = openai.OpenAI(base_url=f"{second.url}/v1", api_key=client.api_key)
         assert again.files.retrieve(file_id).bytes == len(DAY)
         assert again.files.content(file_id).content == DAY
+        wait_for(
+            lambda: any(
+                event.message.startswith("Resuming from step ")
+                for event in again.fine_tuning.jobs.list_events(job_id, limit=100)
+            )
+        )
+        again.fine_tuning.jobs.cancel(job_id)
         wait_for(lambda: "your key is the one shown at the first start" in second.log.read_text())
     assert second.log.read_text().count("Your key, shown only now") == 1

@@ -22,7 +22,7 @@ from api.projects.models import Project
 from api.queue import TaskName
 from api.settings import Settings
 from api.storage import LocalStore
-from uora.spec import HyperparameterRequest, UoraSpec, resolve
+from uora.spec import HyperparameterRequest, TrainingOptions, UoraSpec, resolve
 from worker.context import Resources
 from worker.lease import Lease, claim
 
@@ -104,17 +104,20 @@ class Service:
         n_epochs: int = 1,
         training: bytes | None = None,
         validation: bytes | None = None,
+        training_options: TrainingOptions | None = None,
         **values: Any,
     ) -> str:
         """A job over ``rows`` small rows, validated unless its status says otherwise."""
         request = HyperparameterRequest(n_epochs=n_epochs, batch_size=2)
         adapter = UoraSpec(r=4)
-        spec = resolve(request, adapter=adapter, learning_rate=0.01, seed=1, n_examples=rows)
+        options = training_options or TrainingOptions()
+        spec = resolve(request, adapter=adapter, learning_rate=0.01, seed=1, n_examples=rows, options=options)
         job = Job(
             id=new_id("ftjob-"),
             project_id=self.project.id,
             status=status,
             model=BASE_MODEL,
+            base_model=BASE_MODEL,
             training_file=self.add_file(chat_rows(rows) if training is None else training),
             validation_file=None if validation is None else self.add_file(validation),
             suffix="greeter",
@@ -122,6 +125,7 @@ class Service:
             hyperparameters=request.model_dump(mode="json"),
             adapter=adapter.model_dump(mode="json"),
             learning_rate=0.01,
+            options=options.model_dump(mode="json"),
             training_spec=None if status is JobStatus.VALIDATING_FILES else spec.model_dump(mode="json"),
         )
         for name, value in values.items():

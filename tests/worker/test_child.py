@@ -13,9 +13,20 @@ import pytest
 
 from tests.worker.support import BASE_MODEL, chat_rows
 from uora.artifact import loads
-from uora.spec import HyperparameterRequest, UoraSpec, resolve
+from uora.spec import HyperparameterRequest, Hyperparameters, UoraSpec, resolve
 from worker.child_process import COMMAND, child_environment
-from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, Step, parse_report
+from worker.messages import (
+    ChildRequest,
+    Done,
+    Evaluated,
+    Failed,
+    Report,
+    Started,
+    State,
+    Step,
+    Stopped,
+    parse_report,
+)
 
 Child = subprocess.Popen[str]
 
@@ -39,6 +50,8 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
         base_source=f"path:{tiny_model}",
         training_file=rows,
         validation_file=rows,
+        resume=None,
+        warm_start=None,
         work_dir=work_dir,
         cache_dir=tmp_path / "cache",
         dtype="float32",
@@ -50,6 +63,12 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
 def child(request_: ChildRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     """A child that waits for its request."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with waiting_child(request_) as process:
+        yield process
+
+
+@contextmanager
+def waiting_child(request_: ChildRequest) -> Iterator[Child]:
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         COMMAND,
@@ -83,7 +102,7 @@ def reports(child: Child) -> list[Report]:
 
 def test_a_whole_run(child: Child, request_: ChildRequest) -> None:
     tell(child, request_)
-    said = reports(child)
+    said = [report for report in reports(child) if not isinstance(report, State)]
 
     assert child.wait(timeout=20) == 0
     assert [type(report) for report in said] == [Started, *[Step] * 4, Evaluated, *[Step] * 4, Evaluated, Done]
@@ -142,7 +161,51 @@ def test_without_a_request_it_leaves(child: Child) -> None:
     assert child.wait(timeout=10) == 1
 
 
-def test_sigterm_ends_it_at_once(child: Child, request_: ChildRequest) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(child: Child, request_: ChildRequest) -> None:
+    hyperparameters = Hyperparameters(n_epochs=10, batch_size=2, learning_rate_multiplier=1.0)
+    spec = request_.spec.model_copy(update={"hyperparameters": hyperparameters})
+    longer = request_.model_copy(update={"spec": spec})
+    tell(child, longer)
+    assert child.stdout is not None
+    said: list[Report] = []
+    for line in child.stdout:
+        said.append(parse_report(line))
+        if isinstance(said[-1], Step) and said[-1].step == 3:
+            child.terminate()
+    assert child.wait(timeout=20) == 0
+    state, stopped = said[-2:]
+    assert isinstance(state, State)
+    assert isinstance(stopped, Stopped)
+    assert 3 <= state.step < 40
+
+    with waiting_child(longer) as second:
+        tell(second, longer.model_copy(update={"resume": request_.work_dir / state.file}))
+        rest = reports(second)
+    with waiting_child(longer) as unbroken:
+        tell(unbroken, longer)
+        whole = reports(unbroken)
+    steps = [report.step for report in (*said, *rest) if isinstance(report, Step)]
+    assert steps == [*range(1, 41)]
+    assert rest[-1] == whole[-1]  # the loss on the validation set, to the last digit
+
+
+def test_a_warm_start_is_handed_on(child: Child, request_: ChildRequest) -> None:
+    first_dir = request_.work_dir / "first"
+    first_dir.mkdir()
+    with waiting_child(request_) as first:
+        tell(first, request_.model_copy(update={"work_dir": first_dir}))
+        done = reports(first)[-1]
+    assert isinstance(done, Done)
+    tell(child, request_.model_copy(update={"warm_start": first_dir / done.file}))
+    evaluated = [report for report in reports(child) if isinstance(report, Evaluated)]
+
+    before, after = done.metrics["valid_loss"], evaluated[-1].metrics["valid_loss"]
+    assert before is not None
+    assert after is not None
+    assert after < before
+
+
+def test_sigterm_before_the_first_step_ends_it_at_once(child: Child, request_: ChildRequest) -> None:
     with _stuck(child, request_):
         child.terminate()
 

@@ -23,6 +23,7 @@ class OutOfMemoryError(RuntimeError):
         (DataError("bad", code="no_assistant_message"), "user", "no_assistant_message"),
         (SpecError("targets name nothing"), "user", "invalid_hyperparameters"),
         (UoraError("diverged", code="training_diverged"), "user", "training_diverged"),
+        (UoraError("lower batch_size", code="out_of_memory"), "user", "out_of_memory"),
         (BaseModelError(SECRET), "platform", "base_model_unavailable"),
         (DigestError(SECRET), "platform", "internal_error"),
         (OSError(errno.ENOSPC, SECRET), "platform", "disk_full"),

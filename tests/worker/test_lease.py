@@ -11,9 +11,10 @@ from threading import Barrier
 import pytest
 
 from api.database import now
-from api.jobs.models import ENDED, Checkpoint, JobStatus
+from api.jobs.models import ENDED, Checkpoint, JobStatus, TrainingState
 from tests.worker.support import TTL, Service, add_adapter
-from worker.lease import Lease, LeaseLost, claim, release, renew, writing
+from worker import results
+from worker.lease import Lease, LeaseLost, claim, renew, writing
 
 EXPIRED = timedelta(seconds=-1)
 
@@ -32,7 +33,7 @@ class TestClaim:
         assert now() + TTL / 2 < job.lease_until <= now() + TTL
         assert abs(job.started_at - now()) < timedelta(seconds=5)
 
-    @pytest.mark.parametrize("status", [JobStatus.VALIDATING_FILES, *sorted(ENDED)])
+    @pytest.mark.parametrize("status", [JobStatus.VALIDATING_FILES, JobStatus.PAUSED, *sorted(ENDED)])
     def test_leaves_other_states_alone(self, service: Service, status: JobStatus) -> None:
         job_id = service.add_job(status=status)
 
@@ -61,13 +62,13 @@ class TestClaim:
         assert lease.attempt == 2
         assert any_service.job(job_id).lost_trainers == 1
 
-    def test_an_orderly_release_is_no_lost_trainer(self, service: Service) -> None:
+    def test_an_orderly_interruption_is_no_lost_trainer(self, service: Service) -> None:
         job_id = service.add_job()
         for attempt in range(1, 6):
             lease = claim(service.sessions, job_id, owner="one", ttl=TTL, max_attempts=1)
             assert lease is not None
             assert lease.attempt == attempt
-            assert release(service.sessions, lease)
+            results.interrupt(service.sessions, lease)
         assert service.job(job_id).lost_trainers == 0
 
     def test_stops_after_max_attempts(self, any_service: Service) -> None:
@@ -77,19 +78,38 @@ class TestClaim:
 
         assert claim(any_service.sessions, job_id, owner="one", ttl=TTL, max_attempts=3) is None
 
-    def test_drops_checkpoints_of_the_attempt_before(self, service: Service) -> None:
-        job_id, other_id = service.add_job(), service.add_job()
-        for lease in (service.claim(job_id, ttl=EXPIRED), service.claim(other_id)):
-            with writing(service.sessions, lease) as (session, job):
-                name = f"ft:{job.id}:ckpt-step-1"
-                add_adapter(session, lease, name, checkpoint_step=1)
-                row = Checkpoint(id=f"ckpt-{job.id}", job_id=job.id, step_number=1, model_name=name, metrics={})
-                session.add(row)
+    def test_leaves_a_job_to_be_paused_alone(self, any_service: Service) -> None:
+        job_id = any_service.add_job()
+        any_service.claim(job_id, ttl=EXPIRED)
+        any_service.update(job_id, pause_requested=True)
+
+        assert claim(any_service.sessions, job_id, owner="two", ttl=TTL) is None
+
+    def test_keeps_checkpoints_and_the_first_start(self, service: Service) -> None:
+        job_id = service.add_job()
+        lease = service.claim(job_id, ttl=EXPIRED)
+        with writing(service.sessions, lease) as (session, job):
+            add_adapter(session, lease, "ft:ckpt-step-1", checkpoint_step=1)
+            row = Checkpoint(id="ckpt", job_id=job.id, step_number=1, model_name="ft:ckpt-step-1", metrics={})
+            session.add(row)
+        first_start = service.job(job_id).started_at
 
         service.claim(job_id, owner="two")
 
-        assert [adapter.job_id for adapter in service.adapters()] == [other_id]
-        assert [checkpoint.job_id for checkpoint in service.checkpoints()] == [other_id]
+        assert [adapter.id for adapter in service.adapters()] == ["ft:ckpt-step-1"]
+        assert [checkpoint.id for checkpoint in service.checkpoints()] == ["ckpt"]
+        assert service.job(job_id).started_at == first_start
+
+    def test_progress_goes_back_to_what_was_kept(self, any_service: Service) -> None:
+        job_id = any_service.add_job(progress={"step": 37, "total_steps": 60, "train_loss": 0.5})
+        lease = any_service.claim(job_id, ttl=EXPIRED)
+        any_service.update(job_id, progress={"step": 37, "total_steps": 60, "train_loss": 0.5})
+        with writing(any_service.sessions, lease) as (session, _):
+            session.add(TrainingState(job_id=job_id, attempt=1, step=20, bytes=1, state=b"s"))
+
+        any_service.claim(job_id, owner="two")
+
+        assert any_service.job(job_id).progress == {"step": 20, "total_steps": 60}
 
 
 class TestRace:
@@ -154,18 +174,20 @@ class TestRenew:
 
         renewal = renew(any_service.sessions, lease, ttl=TTL)
 
-        assert (renewal.ours, renewal.cancel_requested) == (True, False)
+        assert (renewal.ours, renewal.cancel_requested, renewal.pause_requested) == (True, False, False)
         until = any_service.job(job_id).lease_until
         assert until is not None
         assert until > now() + TTL / 2
 
-    def test_sees_a_cancel(self, any_service: Service) -> None:
+    @pytest.mark.parametrize("what", ["cancel_requested", "pause_requested"])
+    def test_sees_what_was_asked_for(self, any_service: Service, what: str) -> None:
         job_id = any_service.add_job()
         lease = any_service.claim(job_id)
-        any_service.update(job_id, cancel_requested=True)
+        any_service.update(job_id, **{what: True})
 
         renewal = renew(any_service.sessions, lease, ttl=TTL)
-        assert (renewal.ours, renewal.cancel_requested) == (True, True)
+        asked = {name for name in ("cancel_requested", "pause_requested") if getattr(renewal, name)}
+        assert (renewal.ours, asked) == (True, {what})
 
     def test_sees_that_somebody_took_over(self, any_service: Service) -> None:
         job_id = any_service.add_job()
@@ -211,7 +233,8 @@ class TestFencing:
 
         with pytest.raises(LeaseLost), writing(service.sessions, lease):
             pass
-        assert not release(service.sessions, lease)
+        with pytest.raises(LeaseLost):
+            results.interrupt(service.sessions, lease)
         assert service.job(job_id).status == "cancelled"
 
     def test_a_failing_body_writes_nothing(self, service: Service) -> None:

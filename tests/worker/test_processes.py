@@ -16,11 +16,17 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from api.caller import Caller
 from api.database import now
+from api.jobs import service as jobs
 from api.jobs.models import JobStatus
+from api.jobs.repository import state_step
 from api.queue import CeleryQueue, TaskName
 from api.settings import Settings
+from api.unit_of_work import open_unit_of_work
 from tests.worker.support import BASE_MODEL, Service, chat_rows, tail, wait_until
+from uora.spec import TrainingOptions
+from worker.progress import is_event_due
 
 #: As in the Procfile and in docker-compose.yml.
 COMMANDS = {
@@ -149,8 +155,23 @@ def processes(
 
 
 def long_job(service: Service) -> str:
-    """A hundred steps: seconds."""
-    return service.add_job(rows=8, n_epochs=25)
+    """Hundreds of steps: seconds."""
+    return service.add_job(rows=64, n_epochs=20, training_options=TrainingOptions(save_steps=10))
+
+
+def kept_step(service: Service, job_id: str) -> int:
+    with service.sessions() as session:
+        return state_step(session, job_id) or 0
+
+
+def assert_went_on(service: Service, job_id: str) -> None:
+    """Every step of `long_job` that is told is told once, up to the last."""
+    assert service.job(job_id).status == "succeeded"
+    events = [event.data or {} for event in service.events(job_id, "metrics")]
+    steps = [data["step"] for data in events if "trained_tokens" in data]
+    assert steps == [step for step in range(1, 641) if is_event_due(step, total_steps=640)]
+    resumed = [message for message in service.messages(job_id) if message.startswith("Resuming from step ")]
+    assert len(resumed) == service.job(job_id).attempt - 1
 
 
 def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -209,7 +230,7 @@ def test_a_lost_message_and_a_killed_trainer_are_replaced(processes: Processes) 
     second = processes.start("trainer")
     processes.wait_for(job_id, JobStatus.SUCCEEDED)
     job = service.job(job_id)
-    assert (job.attempt, job.lost_trainers) == (2, 1)
+    assert (job.attempt, job.lost_trainers) == (2, 0)  # the second got further
     steps = [row.step_number for row in service.checkpoints() if row.job_id == job_id]
     assert steps == [8 * number for number in range(1, 11)]
     second.terminate()
@@ -225,13 +246,58 @@ def test_cancel_and_shutdown(processes: Processes) -> None:
     service.update(cancelled, cancel_requested=True)
     wait_until(lambda: service.job(cancelled).status == "cancelled", what="the cancel", seconds=5)
 
-    wait_until(lambda: service.job(released).status == "running" and children(trainer), what="the next job")
+    wait_until(lambda: kept_step(service, released), what="steps of the next job", seconds=PATIENCE_SECONDS)
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
     job = service.job(released)
     assert (job.status, job.lost_trainers) == ("queued", 0)
     assert list(processes.temporary.iterdir()) == []
-    service.update(released, status=JobStatus.CANCELLED)
+
+    second = processes.start("trainer")
+    processes.wait_for(released, JobStatus.SUCCEEDED)
+    assert_went_on(service, released)
+    second.terminate()
+    assert second.wait(timeout=15) == 0, processes.logs()
+
+
+@pytest.mark.parametrize("processes", [EMBEDDED, SERVERS], indirect=True)
+def test_pause_and_resume(processes: Processes) -> None:
+    service = processes.service
+    user = Caller(project_id=service.project.id, project_slug=service.project.slug, key_id="key")
+    trainer = processes.start("trainer")
+    job_id = long_job(service)
+    processes.wait_for_steps(job_id)
+    with service.sessions.begin() as session:
+        jobs.pause(session, user, job_id)
+    processes.wait_for(job_id, JobStatus.PAUSED)
+    assert children(trainer) == []
+    assert kept_step(service, job_id) > 0
+    assert list(processes.temporary.iterdir()) == []
+
+    with open_unit_of_work(service.sessions, CeleryQueue(service.settings)) as work:
+        jobs.resume(work, user, job_id)
+    processes.wait_for(job_id, JobStatus.SUCCEEDED)
+    assert_went_on(service, job_id)
+    trainer.terminate()
+    assert trainer.wait(timeout=15) == 0, processes.logs()
+
+
+@pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)
+def test_a_killed_trainer_costs_no_kept_step(processes: Processes) -> None:
+    service = processes.service
+    trainer = processes.start("trainer")
+    job_id = long_job(service)
+    wait_until(lambda: kept_step(service, job_id), what="a state", seconds=PATIENCE_SECONDS)
+    trainer.kill()
+    trainer.wait()
+    kept = kept_step(service, job_id)
+
+    second = processes.start("trainer")
+    processes.wait_for(job_id, JobStatus.SUCCEEDED)
+    assert_went_on(service, job_id)
+    assert f"Resuming from step {kept}" in service.messages(job_id)
+    second.terminate()
+    assert second.wait(timeout=15) == 0, processes.logs()
 
 
 @pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)
@@ -240,7 +306,7 @@ def test_a_killed_child_fails_its_job_and_not_the_trainer(processes: Processes) 
     trainer = processes.start("trainer")
     killed, without_file = long_job(service), service.add_job()
     service.storage.delete(service.job(without_file).training_file)
-    wait_until(lambda: service.job(killed).status == "running" and children(trainer), what="the child")
+    wait_until(lambda: kept_step(service, killed), what="a state", seconds=PATIENCE_SECONDS)
     children(trainer)[0].kill()
     processes.wait_for(killed, JobStatus.FAILED)
 
@@ -248,6 +314,12 @@ def test_a_killed_child_fails_its_job_and_not_the_trainer(processes: Processes) 
     assert error is not None
     assert error["code"] == "out_of_memory_or_killed"
     processes.wait_for(without_file, JobStatus.FAILED)
+
+    user = Caller(project_id=service.project.id, project_slug=service.project.slug, key_id="key")
+    with open_unit_of_work(service.sessions, CeleryQueue(service.settings)) as work:
+        jobs.resume(work, user, killed)
+    processes.wait_for(killed, JobStatus.SUCCEEDED)
+    assert_went_on(service, killed)
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import Connection, event, select
 
 from api.database import now
+from api.files.models import File
+from api.storage import LocalStore, StoredObject
 from tests.worker.artifacts import make_artifact
 from tests.worker.support import Service
 from uora.artifact import loads
 from uora.errors import DigestError
 from worker import progress, results
 from worker.failures import INTERNAL
-from worker.lease import LeaseLost
-from worker.messages import Done, Evaluated, Step, parse_report
+from worker.lease import Lease, LeaseLost
+from worker.measurements import measurements_csv
+from worker.messages import Done, Evaluated, Metrics, Step, parse_report
 from worker.progress import JobProgress, is_event_due
 from worker.results import Finished
 
@@ -29,6 +35,7 @@ def make_step(number: int, *, total: int = 60, loss: float | None = 0.8349, seco
         train_loss=loss,
         train_mean_token_accuracy=0.75,
         learning_rate=0.01,
+        gradient_norm=1.5,
         tokens_per_second=321.0,
         seconds_left=seconds_left,
         hits=3,
@@ -37,7 +44,16 @@ def make_step(number: int, *, total: int = 60, loss: float | None = 0.8349, seco
 
 
 def make_finished(artifact: bytes) -> Finished:
-    return Finished(Done(file="final", trained_tokens=1234, steps=60, hits=0, metrics={}), artifact)
+    done = Done(file="final", trained_tokens=1234, steps=60, hits=0, metrics={}, stopped_early=True)
+    return Finished(done, artifact)
+
+
+def succeed(service: Service, lease: Lease) -> None:
+    results.succeed(service.sessions, lease, make_finished(make_artifact()), storage=service.storage)
+
+
+def stored_files(service: Service) -> list[str]:
+    return [path.name for path in service.settings.storage_dir.iterdir()]
 
 
 class TestSteps:
@@ -52,6 +68,8 @@ class TestSteps:
             "step": 10,
             "total_steps": 60,
             "train_loss": 0.8349,
+            "learning_rate": 0.01,
+            "gradient_norm": 1.5,
             "tokens_per_second": 321.0,
             "seconds_left": 90.0,
             "hits": 3,
@@ -66,6 +84,7 @@ class TestSteps:
             "train_loss": 0.8349,
             "train_mean_token_accuracy": 0.75,
             "learning_rate": 0.01,
+            "gradient_norm": 1.5,
             "tokens_per_second": 321.0,
             "seconds_left": 90.0,
             "hits": 3,
@@ -151,7 +170,7 @@ class TestSuccess:
         lease = any_service.claim(any_service.add_job(), ttl=timedelta(minutes=1))
         artifact = make_artifact()
 
-        results.succeed(any_service.sessions, lease, make_finished(artifact))
+        results.succeed(any_service.sessions, lease, make_finished(artifact), storage=any_service.storage)
 
         job = any_service.job(lease.job_id)
         name = f"ft:tiny:{any_service.project.slug}:greeter:{job.id[-8:]}"
@@ -170,12 +189,10 @@ class TestSuccess:
     @pytest.mark.parametrize("suffix", [None, ""])
     def test_without_a_suffix_the_name_has_two_colons(self, service: Service, suffix: str | None) -> None:
         lease = service.claim(service.add_job(suffix=suffix))
-        results.succeed(service.sessions, lease, make_finished(make_artifact()))
+        succeed(service, lease)
         assert service.adapters()[0].id == f"ft:tiny:{service.project.slug}::{lease.job_id[-8:]}"
 
     def test_a_commit_that_fails_leaves_nothing(self, any_service: Service) -> None:
-        from sqlalchemy import event
-
         lease = any_service.claim(any_service.add_job())
 
         def refuse(_: object) -> None:
@@ -184,7 +201,7 @@ class TestSuccess:
         event.listen(any_service.engine, "commit", refuse)
         try:
             with pytest.raises(ConnectionError):
-                results.succeed(any_service.sessions, lease, make_finished(make_artifact()))
+                succeed(any_service, lease)
         finally:
             event.remove(any_service.engine, "commit", refuse)
 
@@ -192,7 +209,8 @@ class TestSuccess:
         assert (job.status, job.fine_tuned_model, job.trained_tokens) == ("running", None, None)
         assert any_service.adapters() == []
         assert any_service.messages(job.id) == []
-        results.succeed(any_service.sessions, lease, make_finished(make_artifact()))
+        assert stored_files(any_service) == [job.training_file]  # and no orphan
+        succeed(any_service, lease)
         assert any_service.job(lease.job_id).status == "succeeded"
 
     def test_an_old_attempt_cannot_succeed(self, any_service: Service) -> None:
@@ -201,7 +219,7 @@ class TestSuccess:
         any_service.claim(job_id, owner="two")
 
         for end in (
-            lambda: results.succeed(any_service.sessions, old, make_finished(make_artifact())),
+            lambda: succeed(any_service, old),
             lambda: results.fail(any_service.sessions, old, INTERNAL),
             lambda: results.cancel(any_service.sessions, old),
             lambda: JobProgress(any_service.sessions, old).on_step(make_step(1)),
@@ -218,17 +236,96 @@ class TestSuccess:
         artifact[-1] ^= 1
 
         with pytest.raises(DigestError):
-            results.succeed(service.sessions, lease, make_finished(bytes(artifact)))
+            results.succeed(service.sessions, lease, make_finished(bytes(artifact)), storage=service.storage)
         assert service.job(lease.job_id).status == "running"
 
     def test_a_cancel_before_the_commit_wins(self, service: Service) -> None:
         lease = service.claim(service.add_job())
         service.update(lease.job_id, cancel_requested=True)
 
-        results.succeed(service.sessions, lease, make_finished(make_artifact()))
+        succeed(service, lease)
 
         assert service.job(lease.job_id).status == "cancelled"
         assert service.adapters() == []
+        assert stored_files(service) == [service.job(lease.job_id).training_file]
+
+
+class TestResultFile:
+    def test_it_has_a_line_for_every_step_that_was_measured(self, any_service: Service) -> None:
+        lease = any_service.claim(any_service.add_job())
+        record = JobProgress(any_service.sessions, lease)
+        record.on_start(60)
+        for step in (make_step(1, loss=2.5), make_step(2, loss=None), make_step(3, loss=0.5)):
+            record.on_step(step)
+        measured = {"train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.625}
+        record.on_evaluation(Evaluated(step=3, metrics=dict(measured), file="s"), make_artifact())
+        succeed(any_service, lease)
+
+        job = any_service.job(lease.job_id)
+        (file_id,) = job.result_files
+        with any_service.sessions() as session:
+            file = session.execute(select(File).where(File.id == file_id)).scalar_one()
+        content = any_service.storage.open(file.storage_key).read()
+        assert (file.purpose, file.filename, file.bytes) == ("fine-tune-results", "step_metrics.csv", len(content))
+        assert (file.project_id, file.sha256) == (job.project_id, hashlib.sha256(content).hexdigest())
+        assert content.decode().splitlines() == [
+            "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
+            "1,2.5,0.75,,",
+            "2,,0.75,,",
+            "3,0.5,0.75,0.75,0.625",
+        ]
+        assert (job.best_step, job.stopped_early) == (3, True)
+
+    def test_a_commit_whose_answer_was_lost_keeps_its_bytes(self, service: Service) -> None:
+        """The commit came through, but the trainer was told otherwise."""
+        lease = service.claim(service.add_job())
+
+        class Forgetful(LocalStore):
+            def write(self, *args: Any, **options: Any) -> StoredObject:
+                stored = super().write(*args, **options)
+                event.listen(service.engine, "commit", lose_answer, once=True)
+                return stored
+
+        def lose_answer(connection: Connection) -> None:
+            connection.connection.driver_connection.execute("COMMIT")  # type: ignore[union-attr]
+            raise ConnectionError("no answer")
+
+        with pytest.raises(Exception, match=r"no answer|no transaction"):
+            results.succeed(
+                service.sessions,
+                lease,
+                make_finished(make_artifact()),
+                storage=Forgetful(service.settings.storage_dir),
+            )
+        job = service.job(lease.job_id)
+        assert job.status == "succeeded"
+        assert set(stored_files(service)) == {job.training_file, *job.result_files}
+
+    def test_accuracy_of_a_classification(self, service: Service) -> None:
+        lease = service.claim(service.add_job())
+        record = JobProgress(service.sessions, lease)
+        metrics: Metrics = {"train_loss": 0.5, "train_accuracy": 0.5, "valid_loss": 0.25, "valid_accuracy": 0.75}
+        record.on_evaluation(Evaluated(step=4, metrics=metrics, file="s"), make_artifact())
+        with service.sessions() as session:
+            lines = measurements_csv(session, lease.job_id).decode().splitlines()
+
+        assert lines[1:] == ["4,0.5,0.5,0.25,0.75"]
+
+
+class TestBestStep:
+    def test_it_has_the_lowest_validation_loss(self, service: Service) -> None:
+        lease = service.claim(service.add_job())
+        record = JobProgress(service.sessions, lease)
+        for step, loss in ((10, 0.9), (20, 0.4), (30, 0.4), (40, None)):
+            record.on_evaluation(Evaluated(step=step, metrics={"valid_loss": loss}, file="s"), make_artifact())
+        succeed(service, lease)
+
+        assert service.job(lease.job_id).best_step == 20
+
+    def test_without_validation_there_is_none(self, service: Service) -> None:
+        lease = service.claim(service.add_job())
+        succeed(service, lease)
+        assert service.job(lease.job_id).best_step is None
 
 
 class TestFailure:

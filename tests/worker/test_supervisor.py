@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -20,11 +21,11 @@ from api.database import now
 from api.jobs.models import JobStatus
 from tests.worker.artifacts import make_artifact
 from tests.worker.support import BASE_MODEL, Service, wait_until
-from worker import child_process, supervisor
+from worker import child_process, memory, supervisor
 from worker.child_process import child_environment
 from worker.context import Resources
 from worker.lease import Sessions
-from worker.supervisor import ShuttingDown, patiently
+from worker.supervisor import Interrupted, patiently
 from worker.tasks.training import record, train
 
 #: A child says what it was told to say; ``say``, ``request`` and ``save`` are all that it knows.
@@ -35,7 +36,8 @@ request = json.loads(sys.stdin.readline())
 def say(**report): print(json.dumps(report), flush=True)
 def save(name): Path(name).write_bytes(bytes.fromhex(ARTIFACT))
 Path(PID_FILE).write_text(str(os.getpid()))
-def done(): save('final'); say(type='done', file='final', trained_tokens=9, steps=1, hits=0, metrics={})
+RESULT = dict(trained_tokens=9, steps=1, hits=0, metrics={}, stopped_early=False)
+def done(): save('final'); say(type='done', file='final', **RESULT)
 """
 
 UseChild = Callable[[str], Path]
@@ -124,6 +126,31 @@ class TestEnd:
         assert (job.status, job.error["code"]) == ("failed", code)
         assert service.adapters() == []
 
+    def test_a_killed_child_tells_how_much_memory_it_had(
+        self, service: Service, held: Resources, use_child: UseChild
+    ) -> None:
+        use_child("kept = bytearray(os.urandom(2**20) * 600); time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+        job_id = service.add_job()
+        train(held, job_id)
+
+        error = service.job(job_id).error
+        assert error is not None
+        found = re.search(r"seen with ([0-9.]+) GiB of the ([0-9.]+) GiB", error["message"])
+        assert found is not None
+        assert float(found[1]) >= 0.6
+        assert float(found[2]) == pytest.approx(memory.total_bytes() / 2**30, abs=0.1)
+        assert "batch_size" in error["message"]
+
+    def test_a_sigterm_from_elsewhere_gives_the_job_back(
+        self, service: Service, held: Resources, use_child: UseChild
+    ) -> None:
+        """A service manager ends all processes of its group at once; the child may be the first to go."""
+        use_child("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+        job_id = service.add_job()
+        train(held, job_id)
+
+        assert (service.job(job_id).status, service.job(job_id).error) == ("queued", None)
+
     def test_the_end_of_stderr_goes_to_the_log_and_not_to_the_user(
         self, service: Service, held: Resources, use_child: UseChild, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -147,7 +174,7 @@ class TestEnd:
     def test_a_result_that_is_not_there(
         self, service: Service, held: Resources, use_child: UseChild, file: str
     ) -> None:
-        use_child(f"say(type='done', file={file!r}, trained_tokens=9, steps=1, hits=0, metrics={{}})")
+        use_child(f"say(type='done', file={file!r}, **RESULT)")
         job_id = service.add_job()
         train(held, job_id)
 
@@ -237,7 +264,7 @@ class TestStop:
         lease = service.claim(job_id)
         service.update(job_id, cancel_requested=True)
 
-        record(held, lease, ShuttingDown())
+        record(held, lease, Interrupted())
 
         assert service.job(job_id).status == "cancelled"
 

@@ -13,7 +13,7 @@ from api.jobs.models import Job, JobStatus
 from api.projects.models import Project
 from api.queue import TaskName
 from tests.worker.support import BASE_MODEL, Service, chat_rows
-from uora.spec import TrainingSpec
+from uora.spec import TrainingOptions, TrainingSpec
 from worker import validation
 from worker.context import Resources
 from worker.validation import validate
@@ -71,6 +71,47 @@ def test_auto_is_resolved_from_the_rows(service: Service, held: Resources) -> No
     assert (hyperparameters.batch_size, hyperparameters.n_epochs) == (4, 8)
 
 
+def test_task_and_options_are_the_jobs(service: Service, held: Resources) -> None:
+    rows = b'{"prompt": "hello", "completion": " hi"}\n' * 4
+    options = TrainingOptions(warmup_ratio=0.1, save_steps=3)
+    job_id = service.add_job(
+        status=JobStatus.VALIDATING_FILES, training=rows, task="completion", options=options.model_dump(mode="json")
+    )
+    validate(held, job_id)
+
+    spec = TrainingSpec.model_validate(service.job(job_id).training_spec)
+    assert (spec.task, spec.options) == ("completion", options)
+
+
+def test_the_base_of_a_tuned_model_is_what_rows_must_fit(service: Service, held: Resources) -> None:
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, model=f"ft:{BASE_MODEL}:acme::12345678")
+    validate(held, job_id)
+    assert service.job(job_id).status == "queued"
+
+
+def test_a_pause_during_validation_is_remembered(service: Service, held: Resources) -> None:
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, pause_requested=True)
+    validate(held, job_id)
+
+    job = service.job(job_id)
+    assert (job.status, job.pause_requested) == ("paused", False)
+    assert job.training_spec is not None
+    assert service.queue.sent == []
+    assert service.messages(job_id)[-1] == "Files validated; the job is paused"
+
+
+def test_what_is_found_in_the_files_is_stored_and_told(
+    service: Service, held: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = {"training_file": {"rows": 4}}
+    monkeypatch.setattr(validation, "describe_datasets", lambda *_: report)
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES)
+    validate(held, job_id)
+
+    assert service.job(job_id).dataset_report == report
+    assert report in [event.data for event in service.events(job_id, "message")]
+
+
 def test_a_repeated_message_changes_nothing(service: Service, held: Resources) -> None:
     job_id = service.add_job(status=JobStatus.VALIDATING_FILES)
     validate(held, job_id)
@@ -87,7 +128,7 @@ def test_a_lost_race_changes_nothing(service: Service, held: Resources, monkeypa
     job_id = service.add_job(status=JobStatus.VALIDATING_FILES)
     check = validation._check
 
-    def check_while_the_user_cancels(held: Resources, job: Job) -> TrainingSpec:
+    def check_while_the_user_cancels(held: Resources, job: Job) -> validation.Checked:
         service.update(job_id, status=JobStatus.CANCELLED)
         return check(held, job)
 

@@ -16,10 +16,11 @@ from uora.spec import TrainingSpec
 from worker import failures, results
 from worker.context import Resources, resources
 from worker.failures import Failure
-from worker.lease import Lease, LeaseLost, claim, release, writing
+from worker.lease import Lease, LeaseLost, claim, writing
 from worker.messages import ChildRequest
 from worker.results import Finished
-from worker.supervisor import CancelRequested, Outcome, ShuttingDown, TakenOver, patiently, supervise
+from worker.starting import load_state, load_warm_start
+from worker.supervisor import CancelRequested, Interrupted, Outcome, TakenOver, patiently, supervise
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,13 @@ def record(held: Resources, lease: Lease, outcome: Outcome) -> None:
     """
     match outcome:
         case Finished():
-            results.succeed(held.sessions, lease, outcome)
+            results.succeed(held.sessions, lease, outcome, storage=held.storage)
         case Failure():
             results.fail(held.sessions, lease, outcome)
         case CancelRequested():
             results.cancel(held.sessions, lease)
-        case ShuttingDown():
-            if not release(held.sessions, lease):
-                results.cancel(held.sessions, lease)
+        case Interrupted():
+            results.interrupt(held.sessions, lease)
         case TakenOver():
             pass
         case _:
@@ -96,14 +96,26 @@ def _request(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) ->
         files = FileRepository(session, lease.project_id)
         training = files.get(job.training_file)
         validation = files.get(job.validation_file) if job.validation_file else None
+        state = load_state(session, job.id)
+        # A state has all that its run began with, so a model that was deleted since then is not missed.
+        warm_start = None if state else load_warm_start(session, job)
     return ChildRequest(
         spec=TrainingSpec.model_validate(job.training_spec),
-        base_model=job.model,
-        base_source=settings.base_models[job.model],
+        base_model=job.base_model,
+        base_source=settings.base_models[job.base_model],
         training_file=stack.enter_context(held.storage.local_path(training.storage_key)),
         validation_file=validation and stack.enter_context(held.storage.local_path(validation.storage_key)),
+        resume=_write(work_dir / "resume.state", state),
+        warm_start=_write(work_dir / "warm_start.safetensors", warm_start),
         work_dir=work_dir,
         cache_dir=settings.cache_dir,
         dtype=settings.dtype,
         torch_threads=settings.torch_threads,
     )
+
+
+def _write(path: Path, content: bytes | None) -> Path | None:
+    if content is None:
+        return None
+    path.write_bytes(content)
+    return path

@@ -1,0 +1,117 @@
+"""``python -m worker.child`` with a training that takes no torch: what it learns is a number that every step changes.
+
+The number after the last step tells whether a run that was broken is the same as one that was not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.worker.artifacts import make_artifact
+from uora.artifact import Artifact, dumps, loads
+from uora.spec import TrainingSpec
+
+#: For ``worker.child_process.COMMAND``.
+COMMAND = (sys.executable, "-P", "-m", "tests.worker.fake_training")
+STEP_SECONDS = 0.05
+EVALUATED_EVERY = 8
+
+
+def artifact_of(number: float) -> bytes:
+    """The adapter that has learned ``number``."""
+    artifact = loads(make_artifact())
+    return dumps(Artifact(artifact.manifest, {**artifact.tensors, "d": np.full((1, 2), number, np.float32)}))
+
+
+def number_of(artifact: Artifact) -> float:
+    """What an adapter has learned."""
+    return float(artifact.tensors["d"][0, 0])
+
+
+def learn(number: float, step: int) -> float:
+    """One step."""
+    return float(np.float32(number * 0.9 + step))
+
+
+def learned(steps: int, *, start: float = 0.1) -> float:
+    """The number after a whole run."""
+    number = start
+    for step in range(1, steps + 1):
+        number = learn(number, step)
+    return number
+
+
+def train(
+    spec: TrainingSpec, *, training: Any, observer: Any, resume: bytes | None, warm_start: Artifact | None, **_: Any
+) -> Any:
+    """As ``uora.training.train``."""
+    observing = sys.modules["uora.training"]
+    total = spec.total_steps(len(training.rows))
+    step, number = 0, number_of(warm_start) if warm_start else 0.1
+    if resume is not None:
+        step, number = json.loads(resume)
+    observer.on_start(total)
+    while step < total:
+        _stop_if_asked(observer, step, number)
+        time.sleep(STEP_SECONDS)
+        step += 1
+        number = learn(number, step)
+        observer.on_step(_metrics(step, total))
+        if step % spec.options.save_steps == 0:
+            observer.on_state(step, json.dumps([step, number]).encode())
+        if step % EVALUATED_EVERY == 0 or step == total:
+            metrics = {"step": float(step), "train_loss": 1 / step, "valid_loss": 2 / step}
+            observer.on_evaluation(observing.Evaluation(step, metrics, artifact_of(number)))
+    return observing.TrainingResult(artifact_of(number), trained_tokens=step, steps=step, hits=0, metrics={})
+
+
+def _stop_if_asked(observer: Any, step: int, number: float) -> None:
+    if observer.should_stop():
+        observer.on_state(step, json.dumps([step, number]).encode())
+        raise sys.modules["uora.training"].TrainingStopped
+
+
+def _metrics(step: int, total: int) -> Any:
+    return sys.modules["uora.training"].StepMetrics(
+        step=step,
+        total_steps=total,
+        train_loss=1 / step,
+        train_mean_token_accuracy=0.5,
+        learning_rate=0.01,
+        gradient_norm=1.5,
+        tokens_per_second=10.0,
+        seconds_left=1.0,
+        hits=0,
+        trained_tokens=step,
+    )
+
+
+def install() -> None:
+    """Put this in the place of what loads torch."""
+    observer = Path(__file__).parents[2] / "uora" / "training" / "observer.py"
+    spec = importlib.util.spec_from_file_location("uora.training", observer)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["uora.training"] = module
+    spec.loader.exec_module(module)
+    module.train = train  # type: ignore[attr-defined]
+    nothing: dict[str, Any] = {"set_num_threads": lambda _: None}
+    sys.modules["torch"] = types.SimpleNamespace(**nothing)  # type: ignore[assignment]
+    models: dict[str, Any] = {"fetch": lambda *_, **__: None, "pick_dtype": lambda _: None}
+    sys.modules["uora.models"] = types.SimpleNamespace(**models)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    install()
+    from worker import child
+
+    child.run_and_exit()
