@@ -85,7 +85,8 @@ def _read(archive: ZipFile) -> Iterator[Record | Problem]:
 
 def _is_passed_over(member: ZipInfo) -> bool:
     path = _path(member)
-    return member.is_dir() or "__MACOSX" in path.parts or path.name == "Thumbs.db" or path.name.startswith(".")
+    nameless = not path.name  # which `is_dir` does not expect
+    return nameless or member.is_dir() or "__MACOSX" in path.parts or path.name.startswith((".", "Thumbs.db"))
 
 
 def _path(member: ZipInfo) -> PurePosixPath:

@@ -9,6 +9,8 @@ from typing import Any
 
 from uora.data.formats import Problem, Record
 
+#: Of a row group, unpacked: a group is in memory while its rows are read.
+MAX_GROUP_BYTES = 1 << 30
 #: Rows that are values of Python at a time.
 _BATCH_ROWS = 64
 
@@ -38,10 +40,20 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile  # the api has none
 
     with ParquetFile(path) as file:
+        _check_size(file.metadata)
         names = _class_names(file.schema_arrow.metadata)
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
             for row in batch.to_pylist():
                 yield _named(row, names) if names else row
+
+
+def _check_size(metadata: Any) -> None:
+    largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    if largest > MAX_GROUP_BYTES:
+        raise ValueError(
+            f"a row group has {largest:,} bytes unpacked, at most {MAX_GROUP_BYTES:,} are taken; choose a smaller "
+            "row_group_size"
+        )
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
