@@ -34,7 +34,6 @@ def test_folders_are_classes(tmp_path: Path) -> None:
         "__MACOSX/pets/cat/._1.png": b"x",
         "pets/.DS_Store": b"x",
         "pets/dog/Thumbs.db": b"x",
-        "": b"x",
     }
     path = write_zip(tmp_path / "upload", members)
     rows = read_file(path, "image-classification").rows
@@ -142,6 +141,12 @@ def test_a_bomb_that_declares_less_than_it_has(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "upload", {"cat/1.png": A.ljust(100_000, b"\0")})
     path.write_bytes(path.read_bytes().replace((100_000).to_bytes(4, "little"), (100).to_bytes(4, "little")))
     assert problems(path) == [("File cat/1.png", "invalid_zip")]
+
+
+def test_a_file_without_a_name_is_passed_over(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "upload", {"qq": b"x", "cat/1.png": A, "dog/1.png": B})
+    path.write_bytes(path.read_bytes().replace(b"qq", b"\0q"))
+    assert not problems(path)
 
 
 def test_one_damaged_file_leaves_the_others(tmp_path: Path) -> None:

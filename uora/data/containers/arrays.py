@@ -36,8 +36,7 @@ def read_array(file: BinaryIO) -> Iterator[Record | Problem]:
         message = f"not UTF-8 (0x{error.object[error.start]:02x}) here or soon after. Save the file as UTF-8."
         yield Problem("invalid_encoding", message, number or None, _location(number))
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else json_reason(error)
-        message = f"not JSON: {reason}. The file is one JSON array of objects."
+        message = f"not JSON: {json_reason(error)}. The file is one JSON array of objects."
         yield Problem("invalid_json", message, number or None, _location(number))
 
 
@@ -63,7 +62,7 @@ class _Text:
     def take(self, character: str) -> None:
         """Go past a character that has to come next."""
         if self.peek() != character:
-            raise json.JSONDecodeError(f"Expecting {character!r}", self._held, self._at)
+            raise ValueError(f"Expecting {character!r}")
         self._at += 1
 
     def value(self) -> object:
@@ -73,19 +72,19 @@ class _Text:
             try:
                 value, end = _DECODER.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
-                failure = error
+                reason = error.msg  # not the error: it holds on to all of the text
             else:
                 if end < len(self._held):
                     self._at = end
                     return value
-                failure = json.JSONDecodeError("Expecting ',' or ']'", self._held, end)
+                reason = "Expecting ',' or ']'"
             if len(self._held) - self._at > MAX_ITEM_CHARACTERS or not self._read_on():
-                raise failure
+                raise ValueError(reason)
 
     def expect_end(self) -> None:
         """Make sure that nothing follows."""
         if self.peek():
-            raise json.JSONDecodeError("Extra data after the array", self._held, self._at)
+            raise ValueError("Extra data after the array")
 
     def _read_on(self) -> bool:
         """Forget what was read and read as much again as is left; False at the end."""
