@@ -29,13 +29,14 @@ def _parts(report: DatasetReport) -> Iterator[RenderableType]:
     if report.problems:
         yield _problems(report)
     for preview in report.previews:
-        yield _preview(preview)
+        # Runs of tokens are one text; a text and its class are two.
+        yield _preview(preview, separator="" if report.learned_tokens else "\n")
 
 
 def _counts(report: DatasetReport) -> Table:
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in _facts(report):
-        table.add_row(name, Text(value))
+        table.add_row(name, _text(value))
     return table
 
 
@@ -78,7 +79,7 @@ def _labels(report: DatasetReport) -> Table:
     labels = report.labels or {}
     table = Table("class", "rows", title=f"{report.label_count:,} classes", box=box.SIMPLE, title_justify="left")
     for name, rows in labels.items():
-        table.add_row(Text(name), f"{rows:,}")
+        table.add_row(_text(name), f"{rows:,}")
     return table
 
 
@@ -87,14 +88,18 @@ def _problems(report: DatasetReport) -> Table:
     title = f"{report.problem_count:,} problems{first}"
     table = Table("where", "code", "what", title=title, box=box.SIMPLE, title_justify="left")
     for problem in report.problems:
-        table.add_row(Text(problem.location or "file"), problem.code, Text(problem.message))
+        table.add_row(_text(problem.location or "file"), problem.code, _text(problem.message))
     return table
 
 
-def _preview(preview: Preview) -> Text:
-    text = Text(f"{preview.location}, what is learned in bold:\n")
-    for segment in preview.segments:
-        text.append(segment.text, style="bold" if segment.learned else "dim")
+def _preview(preview: Preview, *, separator: str) -> Text:
+    pieces = [_text(segment.text, "bold" if segment.learned else "dim") for segment in preview.segments]
+    text = _text(f"{preview.location}, what is learned in bold:\n").append_text(Text(separator).join(pieces))
     if preview.hidden_tokens:
-        text.append(f"\n... and {preview.hidden_tokens:,} more tokens", style="dim italic")
+        text.append(f"\n... and {preview.hidden_tokens:,} more tokens", style="italic")
     return text
+
+
+def _text(content: str, style: str = "") -> Text:
+    """Text of a user's file: neither rich's markup nor a terminal's commands have a meaning in it."""
+    return Text(content.replace("\x1b", "␛"), style)

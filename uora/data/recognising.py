@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
 from uora.data.containers import container_of, read_records
 from uora.data.formats import Container, Problem, Record, RowFormat
-from uora.data.values import kind
+from uora.data.values import kind, shown
 from uora.errors import DataError
 from uora.spec import Task
 
@@ -118,7 +119,7 @@ def detect_task(path: Path) -> Task:
             return "classification"
         case {"text": _}:
             return "completion"
-    keys = ", ".join(map(str, record.value)) or "no keys"
+    keys = ", ".join(map(shown, islice(record.value, 10))) or "no keys"
     raise DataError(
         f"found {keys}; expected messages, conversations, instruction and output, prompt and completion, text, text "
         "and label, or image and label.",

@@ -11,6 +11,8 @@ from uora.spec import Task
 MAX_PROBLEMS = 50
 #: Classes that are listed.
 MAX_LABELS = 100
+#: Characters of a class that are kept; a text in the place of a class can be long.
+MAX_LABEL_CHARACTERS = 200
 #: Places of duplicates that are kept.
 MAX_LOCATIONS = 5
 #: Tokens that are shown of a row.

@@ -1,4 +1,4 @@
-"""What is counted while a file is read: one hash of each row, one count of each length, and sums."""
+"""What is counted while a file is read: a hash of each row, a count of each length and of each class, and sums."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from uora.data.formats import Container, ImageRow, Problem, Row, RowFormat, TextRow, place
 from uora.data.masking import IGNORED, Example
 from uora.data.report import (
+    MAX_LABEL_CHARACTERS,
     MAX_LABELS,
     MAX_LOCATIONS,
     MAX_PROBLEMS,
@@ -140,7 +141,7 @@ class Tally:
             lengths=_lengths(self._lengths) if self._lengths else None,
             duplicates=Duplicates(count=self._duplicates, locations=tuple(self._duplicate_locations)),
             leak=None if self.trained_on is None else self._leak,
-            labels=dict(self._labels.most_common(MAX_LABELS)) if self._labels else None,
+            labels=_listed(self._labels) if self._labels else None,
             label_count=len(self._labels),
             numbers=self._range(),
             problems=tuple(self._problems),
@@ -152,6 +153,13 @@ class Tally:
         if not self._number_count:
             return None
         return NumberRange(min=self._least, max=self._most, mean=self._mean)
+
+
+def _listed(counted: Counter[str]) -> dict[str, int]:
+    listed: Counter[str] = Counter()
+    for name, rows in counted.most_common(MAX_LABELS):
+        listed[name if len(name) <= MAX_LABEL_CHARACTERS else name[:MAX_LABEL_CHARACTERS] + "..."] += rows
+    return dict(listed)
 
 
 def _lengths(counted: Counter[int]) -> Lengths:

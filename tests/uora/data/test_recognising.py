@@ -157,7 +157,7 @@ def test_a_zip_is_of_images(tmp_path: Path) -> None:
         (b"\x00", "unknown_container", "The file begins with"),
         (b"{", "invalid_json", "Line 1: not JSON"),
         (b"[3]", "invalid_row", "Row 1: found a number; expected an object."),
-        (b'[{"question": "a", "answer": "b"}]', "unknown_row_format", "Row 1: found question, answer; expected"),
+        (b'[{"question": "a", "answer": "b"}]', "unknown_row_format", "Row 1: found 'question', 'answer'; expected"),
         (b"{}", "unknown_row_format", "Line 1: found no keys"),
     ],
 )

@@ -211,6 +211,12 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     assert report.labels["l149"] == 2
 
 
+def test_texts_in_the_place_of_classes_are_cut(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "upload", labelled(("a", "x" * 300), ("b", "x" * 301), ("c", "y")))
+    report = report_on(path, "classification")
+    assert (report.labels, report.label_count) == ({"x" * 200 + "...": 2, "y": 1}, 3)
+
+
 def test_numbers(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "upload", labelled(("a", -1), ("b", 4.5), ("c", 1)))
     numbers = report_on(path, "regression").numbers
