@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from uora.artifact import stored_bytes
-from uora.errors import UoraError
+from uora.data import DatasetReport, Overlong, build_report, detect_task, unreadable_report
+from uora.errors import DataError, UoraError
 from uora.layout import ModuleShape, trainable_parameters
+from uora.reportview import render_report
 from uora.spec import METHODS, AdapterSpec, LoraSpec, Task, parse_adapter
+
+if TYPE_CHECKING:
+    from uora.models import LocalModel
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 _console = Console()
+
+TaskOrAuto = Literal["auto", Task]
 
 
 @app.callback()
@@ -34,16 +43,76 @@ def methods(
     rank: Annotated[int | None, typer.Option(help="Of every method; each has its own default.")] = None,
 ) -> None:
     """What an adapter of each method trains and stores on a base model."""
-    try:
+    with _one_line_errors():
         specs = [_spec(method, targets, rank) for method in METHODS]
         modules = _modules(model, specs[0], task)
-        table = _table(model, specs, modules)
+        _console.print(_table(model, specs, modules))
+
+
+@app.command()
+def validate(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="JSONL, JSON, CSV, Parquet, zip of images.")
+    ],
+    model: Annotated[str, typer.Option(help="A known model's name, hub:ORG/NAME or path:/directory.")],
+    task: Annotated[TaskOrAuto, typer.Option(help="What the rows are for; auto tells by the first.")] = "auto",
+    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a row; the model's context if less.")] = None,
+    overlong: Annotated[Overlong, typer.Option(help="What happens to longer rows.")] = "error",
+    training: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The training file that this one validates.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """What a file of rows is, what it costs a model in tokens, and what is wrong with it.
+
+    Ends with 0 if the file can be trained on, with 1 if it has problems, with 2 if the command has.
+    """
+    with _one_line_errors():
+        report = _report(file, model, task, max_length=max_length, overlong=overlong, training=training)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        _console.print(render_report(report))
+    raise typer.Exit(0 if report.trainable else 1)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
     except UoraError as error:
         Console(stderr=True).print(
             f"{type(error).__name__}: {error.message}", style="red", highlight=False, soft_wrap=True
         )
         raise typer.Exit(2) from error
-    _console.print(table)
+
+
+def _report(
+    file: Path,
+    model: str,
+    task: TaskOrAuto,
+    *,
+    max_length: int | None,
+    overlong: Overlong,
+    training: Path | None,
+) -> DatasetReport:
+    from uora.encoders import row_encoder  # it takes seconds to import
+
+    base = _fetch(model)
+    try:
+        told = detect_task(file) if task == "auto" else task
+    except DataError as error:
+        return unreadable_report(file, error)
+    encoder = row_encoder(told, base)
+    return build_report(
+        file,
+        told,
+        encode=encoder.encode,
+        decode=encoder.decode,
+        max_length=encoder.max_length(max_length),
+        overlong=overlong,
+        training=training,
+    )
 
 
 def _spec(method: str, targets: str, rank: int | None) -> AdapterSpec:
@@ -53,12 +122,18 @@ def _spec(method: str, targets: str, rank: int | None) -> AdapterSpec:
 
 def _modules(model: str, spec: AdapterSpec, task: Task) -> list[ModuleShape]:
     from uora import targets
-    from uora.models import fetch, load_skeleton  # they take seconds to import
+    from uora.models import load_skeleton  # they take seconds to import
+
+    skeleton = load_skeleton(_fetch(model), task=task)
+    return list(targets.find(skeleton, spec.targets).values())
+
+
+def _fetch(model: str) -> LocalModel:
+    from uora.models import fetch
 
     source = model if ":" in model else f"known:{model}"
     cache_dir = Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
-    skeleton = load_skeleton(fetch(model, source, cache_dir=cache_dir), task=task)
-    return list(targets.find(skeleton, spec.targets).values())
+    return fetch(model, source, cache_dir=cache_dir)
 
 
 def _table(model: str, specs: list[AdapterSpec], modules: list[ModuleShape]) -> Table:

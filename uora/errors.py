@@ -7,7 +7,7 @@ UoraError                     code, param: stable names a service can pass on
   │     ├── RankError             below 1, or more than memory allows
   │     ├── TargetError           targets that name no module of the base model
   │     └── UnsupportedLayerError a target, or a base model, whose layers are of another kind
-  ├── DataError               a data set that cannot be trained on; names its line
+  ├── DataError               a data set that cannot be trained on; names the place
   ├── BaseModelError          an unknown, unreachable or damaged base model
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
   ├── StateError              the state of a run that cannot be gone on from
@@ -75,15 +75,27 @@ class UnsupportedLayerError(SpecError):
 
 
 class DataError(UoraError):
-    """A data set that cannot be trained on. ``line`` counts from 1; None if it concerns the whole file."""
+    """A data set that cannot be trained on.
+
+    Attributes:
+        line: the line, or the number of the row where the file has no lines, from 1; None for the whole file.
+        location: the same in words, ``Line 3`` unless the file has other places, such as ``Row 3`` or ``File a.png``.
+    """
 
     code = "invalid_training_file"
 
     def __init__(
-        self, message: str, *, line: int | None = None, code: str | None = None, param: str | None = None
+        self,
+        message: str,
+        *,
+        line: int | None = None,
+        location: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
     ) -> None:
-        super().__init__(f"Line {line}: {message}" if line else message, code=code, param=param)
         self.line = line
+        self.location = location or (f"Line {line}" if line else None)
+        super().__init__(f"{self.location}: {message}" if self.location else message, code=code, param=param)
 
 
 class BaseModelError(UoraError):

@@ -5,20 +5,26 @@ Free of torch, so that a service can validate with it.
 
 from uora.data.completions import encode_completion, prompt_ids
 from uora.data.encoding import check_length, encode_rows
+from uora.data.fitting import Overlong, fit
 from uora.data.formats import (
     ChatMessage,
     ChatRow,
     CompletionRow,
+    Container,
     Dataset,
     ImageRow,
     Problem,
     Row,
+    RowFormat,
     TextRow,
 )
 from uora.data.images import from_data_url, open_image
 from uora.data.labels import Labels, Scale
 from uora.data.masking import IGNORED, Example, encode_chat
 from uora.data.reading import read_file, scan_file
+from uora.data.recognising import detect_task
+from uora.data.report import DatasetReport
+from uora.data.reporting import Decode, Encode, build_report, unreadable_report
 from uora.data.templates import render, template_sha256
 from uora.data.validation import row_problems
 
@@ -27,18 +33,27 @@ __all__ = [
     "ChatMessage",
     "ChatRow",
     "CompletionRow",
+    "Container",
     "Dataset",
+    "DatasetReport",
+    "Decode",
+    "Encode",
     "Example",
     "ImageRow",
     "Labels",
+    "Overlong",
     "Problem",
     "Row",
+    "RowFormat",
     "Scale",
     "TextRow",
+    "build_report",
     "check_length",
+    "detect_task",
     "encode_chat",
     "encode_completion",
     "encode_rows",
+    "fit",
     "from_data_url",
     "open_image",
     "prompt_ids",
@@ -47,4 +62,5 @@ __all__ = [
     "row_problems",
     "scan_file",
     "template_sha256",
+    "unreadable_report",
 ]

@@ -24,6 +24,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def encode_completion(row: CompletionRow, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Token ids and labels of one row: the completion is learned, and the token that ends a text after it.
 
+    Without a prompt the whole text is learned. Its first token is so only where the tokenizer puts one before it: there
+    is nothing else to predict it from.
+
     Raises:
         BaseModelError: the tokenizer has no such token (code ``no_end_token``).
     """
@@ -35,7 +38,9 @@ def encode_completion(row: CompletionRow, tokenizer: PreTrainedTokenizerBase) ->
         )
     prompt = prompt_ids(tokenizer, row.prompt)
     completion = [*_ids(tokenizer, row.completion), tokenizer.eos_token_id]
-    return Example(prompt + completion, [IGNORED] * len(prompt) + completion)
+    given = max(1, len(prompt))
+    ids = prompt + completion
+    return Example(ids, [IGNORED] * given + ids[given:])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

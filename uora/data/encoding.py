@@ -16,13 +16,15 @@ def encode_rows(dataset: Dataset[RowT], encode: Callable[[RowT], Encoded]) -> It
     """``encode`` every row, in order.
 
     Raises:
-        DataError: of the first row that ``encode`` refuses, with its line.
+        DataError: of the first row that ``encode`` refuses, with its place.
     """
     for row in dataset.rows:
         try:
             yield encode(row)
         except DataError as error:
-            raise DataError(error.message, line=row.line, code=error.code, param=error.param) from error
+            raise DataError(
+                error.message, line=row.line, location=row.location, code=error.code, param=error.param
+            ) from error
 
 
 def check_length(tokens: int, *, max_tokens: int) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 Role = Literal["system", "user", "assistant"]
+#: How a file holds its rows.
+Container = Literal["jsonl", "json", "csv", "parquet", "zip"]
+#: What a row looks like in the file (see ``uora.data.validation``).
+RowFormat = Literal[
+    "messages", "sharegpt", "alpaca", "prompt-completion", "text", "text-class", "text-number", "image-class"
+]
 
 
 @dataclass(frozen=True)
@@ -19,19 +25,25 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """One conversation; ``line`` is its line in the file, from 1."""
+    """One conversation.
+
+    ``line`` is its line in the file, or its number where the file has no lines, from 1; ``location`` is the same in
+    words, None for ``Line {line}``.
+    """
 
     messages: tuple[ChatMessage, ...]
     line: int
+    location: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A text and how it goes on."""
+    """A text and how it goes on; the prompt is empty where the whole text is learned."""
 
     prompt: str
     completion: str
     line: int
+    location: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class TextRow:
     text_pair: str | None
     label: str | float
     line: int
+    location: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class ImageRow:
     image: bytes
     label: str
     line: int
+    location: str | None = field(default=None, compare=False)
 
 
 Row = ChatRow | CompletionRow | TextRow | ImageRow
@@ -67,8 +81,23 @@ class Dataset(Generic[RowT_co]):
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row, or the file if ``line`` is None, cannot be trained on. ``code`` is stable."""
+    """Why a row, or the file if it has no place, cannot be trained on. ``code`` is stable; places are those of rows."""
 
     code: str
     message: str
     line: int | None = None
+    location: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file holds in the place of a row: a value as JSON has them, or bytes; nobody has judged it yet."""
+
+    value: object
+    line: int
+    location: str
+
+
+def place(found: Row | Problem) -> str | None:
+    """Where a row or a problem is, in words; None for the whole file."""
+    return found.location or (f"Line {found.line}" if found.line else None)

@@ -1,4 +1,4 @@
-"""Images in JSONL rows: data URLs to files' bytes, and these to pixels."""
+"""Images in rows: to files' bytes, and these to pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from uora.data.values import shown
+from uora.data.values import kind, shown
 from uora.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,9 +16,38 @@ if TYPE_CHECKING:
 
 #: Formats of photographs; Pillow's readers of rarer ones are not reached by a user's bytes.
 _FORMATS = ("PNG", "JPEG", "WEBP")
+#: How files of these begin.
+_BEGINNING = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|webp);base64,")
 #: An image is told its size before it is decoded: a small file can claim to be a huge one.
 MAX_PIXELS = 50_000_000
+
+
+def image_bytes(value: object) -> bytes:
+    """The file's bytes of an image as a row has it: a data URL, bytes, or the ``{bytes, path}`` of Parquet files.
+
+    Raises:
+        DataError: it is none of these, or does not begin as an image does (code ``invalid_image``).
+    """
+    content = _found_bytes(value)
+    if not _BEGINNING.match(content):
+        raise DataError(f"the bytes are no image; expected a file of {', '.join(_FORMATS)}.", code="invalid_image")
+    return content
+
+
+def _found_bytes(value: object) -> bytes:
+    match value:
+        case str():
+            return from_data_url(value)
+        case bytes():
+            return value
+        case {"bytes": bytes(content)}:
+            return content
+        case {"path": path}:
+            message = f"found the path {shown(path)} without bytes; expected the image itself in the file."
+        case _:
+            message = f"found {kind(value)}; expected a data URL, data:image/png;base64,..."
+    raise DataError(message, code="invalid_image")
 
 
 def from_data_url(url: str) -> bytes:

@@ -1,113 +1,81 @@
-"""JSONL files to rows, line by line."""
+"""Files to rows."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from uora.data.formats import ChatMessage, ChatRow, CompletionRow, Dataset, ImageRow, Problem, Role, Row, TextRow
-from uora.data.images import from_data_url
+from uora.data.containers import container_of
+from uora.data.formats import Container, Dataset, Problem, Record, Row, RowFormat
+from uora.data.recognising import records_of, row_format_of, told_format
+from uora.data.rows import build_row
 from uora.data.validation import row_problems
 from uora.errors import DataError
 from uora.spec import Task
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: What a file without rows lacks.
+_EXPECTED: dict[Container, str] = {
+    "jsonl": "one JSON object on each line",
+    "json": "objects in the array",
+    "csv": "lines below the header",
+    "parquet": "at least one",
+    "zip": "images",
+}
 
 
 def read_file(path: Path, task: Task) -> Dataset[Row]:
-    """Read a JSONL file of a task's rows (see ``uora.data.validation``).
+    """Read a file of a task's rows: its container and the rows' format are recognised by what is in it.
 
-    Blank lines are skipped; a UTF-8 byte order mark is allowed.
+    See ``uora.data.containers`` for the first and ``uora.data.validation`` for the second.
 
     Raises:
-        DataError: the first problem of the file, with its line and a stable ``code``.
+        DataError: the first problem of the file, with its place and a stable ``code``.
     """
     rows = []
     for found in scan_file(path, task):
         if isinstance(found, Problem):
-            raise DataError(found.message, line=found.line, code=found.code)
+            raise DataError(found.message, line=found.line, location=found.location, code=found.code)
         rows.append(found)
+    return Dataset(tuple(rows), file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file's bytes."""
     with path.open("rb") as file:
-        return Dataset(tuple(rows), hashlib.file_digest(file, "sha256").hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan_file(path: Path, task: Task) -> Iterator[Row | Problem]:
-    """Every row of a file, or the problems in its place. An empty file is one problem without a line."""
-    empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line.strip():
-                empty = False
-                yield from _scan_line(line, number, task)
-    if empty:
-        yield Problem("empty_file", f"The file has no rows; expected one JSON object on each line ({task}).")
-
-
-def _scan_line(line: bytes, number: int, task: Task) -> Iterator[Row | Problem]:
+    """Every row of a file, or the problems in its place. An empty file is one problem without a place."""
     try:
-        row = json.loads(line.decode().rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        yield Problem(
-            "invalid_encoding",
-            f"byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}). Save the file as UTF-8.",
-            number,
-        )
+        container = container_of(path)
+    except DataError as error:
+        yield Problem(error.code, error.message)
         return
-    except (ValueError, RecursionError) as error:
-        yield Problem("invalid_json", f"not JSON: {_reason(error)}. Each line is one JSON object.", number)
-        return
-    problems = [Problem(p.code, p.message, number) for p in row_problems(row, task)]
-    yield from problems
+    row_format = row_format_of(path, container, task)
+    empty = True
+    for found in records_of(path, container, task):
+        empty = False
+        if isinstance(found, Problem):
+            yield found
+        else:
+            yield from _judged(found, row_format, task)
+    if empty:
+        yield Problem("empty_file", f"The file has no rows; expected {_EXPECTED[container]} ({task}).")
+
+
+def _judged(record: Record, row_format: RowFormat, task: Task) -> Iterator[Row | Problem]:
+    problems = list(_problems(record, row_format, task))
+    yield from (replace(problem, line=record.line, location=record.location) for problem in problems)
     if not problems:
-        yield _ROWS[task](row, number)
+        yield build_row(record, row_format)
 
 
-def _reason(error: Exception) -> str:
-    match error:
-        case json.JSONDecodeError():
-            return f"{error.msg} at column {error.colno}"
-        case RecursionError():
-            return "nested too deeply"
-        case _:
-            return str(error)
-
-
-def _chat_row(row: dict[str, Any], line: int) -> ChatRow:
-    return ChatRow(tuple(_chat_message(message) for message in row["messages"]), line)
-
-
-def _chat_message(message: dict[str, Any]) -> ChatMessage:
-    role: Role = "system" if message["role"] == "developer" else message["role"]
-    trained = role == "assistant" and message.get("weight", 1) == 1
-    return ChatMessage(role, message["content"], trained=trained)
-
-
-def _completion_row(row: dict[str, Any], line: int) -> CompletionRow:
-    return CompletionRow(row["prompt"], row["completion"], line)
-
-
-def _class_row(row: dict[str, Any], line: int) -> TextRow:
-    return TextRow(row["text"], row.get("text_pair"), row["label"], line)
-
-
-def _number_row(row: dict[str, Any], line: int) -> TextRow:
-    return TextRow(row["text"], row.get("text_pair"), float(row["label"]), line)
-
-
-def _image_row(row: dict[str, Any], line: int) -> ImageRow:
-    return ImageRow(from_data_url(row["image"]), row["label"], line)
-
-
-#: A row without problems as a value, by task.
-_ROWS: dict[Task, Callable[[dict[str, Any], int], Row]] = {
-    "chat": _chat_row,
-    "completion": _completion_row,
-    "classification": _class_row,
-    "regression": _number_row,
-    "image-classification": _image_row,
-}
+def _problems(record: Record, row_format: RowFormat, task: Task) -> Iterator[Problem]:
+    told = told_format(record.value, task)
+    if told not in (None, row_format):
+        yield Problem("mixed_formats", f"found a row of the format {told}; the file's first is {row_format}. Use one.")
+    else:
+        yield from row_problems(record.value, row_format)

@@ -1,12 +1,15 @@
-"""What is wrong with a row of each task, without a tokenizer.
+"""What is wrong with a row of each format, without a tokenizer.
 
-| task | row |
-|---|---|
-| chat | ``{"messages": [{"role", "content", "weight"?}, ...]}`` |
-| completion | ``{"prompt", "completion"}`` |
-| classification | ``{"text", "text_pair"?, "label": string}`` |
-| regression | ``{"text", "text_pair"?, "label": number}`` |
-| image-classification | ``{"image": "data:image/png;base64,...", "label": string}`` |
+| task | format | row |
+|---|---|---|
+| chat | messages | ``{"messages": [{"role", "content", "weight"?}, ...]}`` |
+| | sharegpt | ``{"conversations": [{"from": "human", "gpt" or "system", "value"}, ...], "system"?, "id"?}`` |
+| | alpaca | ``{"instruction", "input"?, "output", "system"?}`` |
+| completion | prompt-completion | ``{"prompt", "completion"}`` |
+| | text | ``{"text"}``, all of it learned |
+| classification | text-class | ``{"text", "text_pair"?, "label": string}`` |
+| regression | text-number | ``{"text", "text_pair"?, "label": number}`` |
+| image-classification | image-class | ``{"image": "data:image/png;base64,...", "label": string}``, or bytes |
 """
 
 from __future__ import annotations
@@ -15,19 +18,25 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from uora.data.formats import Problem
-from uora.data.images import from_data_url
+from uora.data.formats import Problem, RowFormat
+from uora.data.images import image_bytes
 from uora.data.messages import chat_row_problems
+from uora.data.sharegpt import sharegpt_row_problems
 from uora.data.values import kind, shown, text_problems
 from uora.errors import DataError
-from uora.spec import Task
 
 
-def row_problems(row: object, task: Task) -> Iterator[Problem]:
-    """All problems of one parsed line, in the order in which a reader of the line meets them."""
-    if task == "chat":
-        return chat_row_problems(row)
-    return _flat_row_problems(row, _FIELDS[task])
+def row_problems(row: object, row_format: RowFormat) -> Iterator[Problem]:
+    """All problems of what stands in a row's place, in the order in which its reader meets them."""
+    match row_format:
+        case "messages":
+            return chat_row_problems(row)
+        case "sharegpt" if isinstance(row, dict):
+            return sharegpt_row_problems(row)
+        case "sharegpt":
+            return iter([Problem("invalid_row", f'found {kind(row)}; expected an object {{"conversations": [...]}}.')])
+        case _:
+            return _flat_row_problems(row, _FIELDS[row_format])
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def _flat_row_problems(row: object, fields: Mapping[str, _Field]) -> Iterator[Pr
 
 def _listed(fields: Mapping[str, _Field]) -> str:
     names = [name if field.required else f"optionally {name}" for name, field in fields.items()]
-    return ", ".join(names[:-1]) + " and " + names[-1]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _class_problems(value: object, what: str) -> Iterator[Problem]:
@@ -77,19 +86,25 @@ def _is_finite(value: float) -> bool:
 
 
 def _image_problems(value: object, what: str) -> Iterator[Problem]:
-    if not isinstance(value, str):
-        yield Problem("invalid_image", f"{what} is {kind(value)}; expected a data URL, data:image/png;base64,...")
-        return
     try:
-        from_data_url(value)
+        image_bytes(value)
     except DataError as error:
         yield Problem(error.code, f"{what}: {error.message}")
 
 
-_TEXTS = {"text": _Field(text_problems), "text_pair": _Field(text_problems, required=False)}
-_FIELDS: dict[Task, dict[str, _Field]] = {
-    "completion": {"prompt": _Field(text_problems), "completion": _Field(text_problems)},
-    "classification": {**_TEXTS, "label": _Field(_class_problems)},
-    "regression": {**_TEXTS, "label": _Field(_number_problems)},
-    "image-classification": {"image": _Field(_image_problems), "label": _Field(_class_problems)},
+def _optional_text_problems(value: object, what: str) -> Iterator[Problem]:
+    if value != "":
+        yield from text_problems(value, what)
+
+
+_TEXT = _Field(text_problems)
+_MAYBE_EMPTY = _Field(_optional_text_problems, required=False)
+_TEXTS = {"text": _TEXT, "text_pair": _Field(text_problems, required=False)}
+_FIELDS: dict[RowFormat, dict[str, _Field]] = {
+    "alpaca": {"instruction": _TEXT, "input": _MAYBE_EMPTY, "output": _TEXT, "system": _MAYBE_EMPTY},
+    "prompt-completion": {"prompt": _TEXT, "completion": _TEXT},
+    "text": {"text": _TEXT},
+    "text-class": {**_TEXTS, "label": _Field(_class_problems)},
+    "text-number": {**_TEXTS, "label": _Field(_number_problems)},
+    "image-class": {"image": _Field(_image_problems), "label": _Field(_class_problems)},
 }

@@ -22,6 +22,8 @@ def kind(value: object) -> str:
             return "an empty list"
         case list():
             return "a list"
+        case bytes():
+            return "bytes"
         case _:
             return "an object"
 

@@ -43,6 +43,18 @@ def test_the_completion_and_its_end_are_learned(
     assert tokenizer.decode(learned[:-1]) == completion
 
 
+@pytest.mark.parametrize("tokenizer", [PLAIN, BEGINNING])
+@given(text=texts)
+def test_without_a_prompt_the_whole_text_is_learned(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """All but the first token, which nothing comes before."""
+    example = encode_completion(CompletionRow("", text, 1), tokenizer)
+    begin = prompt_ids(tokenizer, "")
+    written = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert example.input_ids == [*begin, *written, tokenizer.eos_token_id]
+    assert example.labels == [IGNORED, *example.input_ids[1:]]
+    assert len(begin) == (tokenizer is BEGINNING)
+
+
 def test_only_the_prompt_begins_a_text() -> None:
     row = CompletionRow("the", "in", 1)
     plain, begun = (encode_completion(row, tokenizer).input_ids for tokenizer in (PLAIN, BEGINNING))

@@ -18,13 +18,17 @@ from uora.data import (
     ImageRow,
     Problem,
     Row,
+    RowFormat,
     TextRow,
     read_file,
     row_problems,
     scan_file,
 )
+from uora.data.formats import Record
+from uora.data.recognising import FORMATS
+from uora.data.rows import build_row
 from uora.errors import DataError
-from uora.spec import TASKS, Task
+from uora.spec import Task
 
 GOOD = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -139,24 +143,29 @@ def test_scan_goes_on_after_a_problem(tmp_path: Path) -> None:
     ]
 
 
+MESSAGE_KEYS = ["messages", "role", "content", "weight", "conversations", "from", "value", "system"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["messages", "role", "content", "weight"]) | st.text(), inner, max_size=4)
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(MESSAGE_KEYS) | st.text(), inner, max_size=4)
     ),
 )
-KEYS = ["prompt", "completion", "text", "text_pair", "label", "image"]
+KEYS = ["prompt", "completion", "text", "text_pair", "label", "image", "instruction", "input", "output", "system"]
 flat_rows = st.dictionaries(st.sampled_from(KEYS), json_values)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@given(row=json_values | json_values.map(lambda value: {"messages": [value]}) | flat_rows)
-def test_any_json_value_is_judged(task: Task, row: Any) -> None:
-    """Nothing that JSON can say breaks the checks, and every problem has a code and a message."""
-    for problem in row_problems(row, task):
-        assert problem.code
-        assert problem.message
+@pytest.mark.parametrize("row_format", [each for formats in FORMATS.values() for each in formats])
+@given(
+    row=json_values
+    | json_values.map(lambda value: {"messages": [value]})
+    | json_values.map(lambda value: {"conversations": [value]})
+    | flat_rows
+)
+def test_any_json_value_is_judged(row_format: RowFormat, row: Any) -> None:
+    """Nothing that JSON can say breaks the checks, every problem has a code and a message, and else there is a row."""
+    problems = list(row_problems(row, row_format))
+    assert all(problem.code and problem.message for problem in problems)
+    assert problems or build_row(Record(row, 1, "Line 1"), row_format)
 
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
@@ -186,7 +195,7 @@ def test_rows_of_every_task(tmp_path: Path, task: Task, row: Any, expected: Row)
 @pytest.mark.parametrize(
     ("task", "row", "code", "words"),
     [
-        ("completion", [PROMPT], "invalid_row", "found a list; expected an object with prompt and completion"),
+        ("completion", 3, "invalid_row", "found a number; expected an object with prompt and completion"),
         ("completion", GOOD, "unknown_key", "'messages'"),
         ("completion", {"prompt": "a"}, "missing_field", "completion is missing"),
         ("completion", {**PROMPT, "prompt": ""}, "invalid_content", "prompt is empty"),
@@ -205,7 +214,7 @@ def test_rows_of_every_task(tmp_path: Path, task: Task, row: Any, expected: Row)
         ("regression", {**NUMBER, "label": True}, "invalid_label", "label is true or false"),
         ("regression", b'{"text": "a", "label": NaN}', "invalid_label", "label is nan; expected a finite number"),
         ("regression", {**NUMBER, "label": 10**400}, "invalid_label", "expected a finite number"),
-        ("image-classification", {**IMAGE, "image": 3}, "invalid_image", "image is a number"),
+        ("image-classification", {**IMAGE, "image": 3}, "invalid_image", "image: found a number"),
         ("image-classification", {**IMAGE, "image": "http://x/y.png"}, "invalid_image", "found 'http://x/y.png'"),
         ("image-classification", {**IMAGE, "image": PNG.replace("png", "svg")}, "invalid_image", "(or jpeg, or webp)"),
         ("image-classification", {**IMAGE, "image": PNG + "é"}, "invalid_image", "base64 cannot be read"),
