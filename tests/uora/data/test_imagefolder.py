@@ -136,6 +136,26 @@ def test_a_bomb_is_not_unpacked(
     assert problems(path)[0] == (location, "too_large")
 
 
+@pytest.mark.parametrize("comment", [b"", b"a zip"])
+def test_a_list_of_files_that_is_larger_than_it_says_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comment: bytes
+) -> None:
+    """In the zip's larger variant a second record overrules the one at the end."""
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    path = tmp_path / "upload"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat/1.png", A)
+        archive.writestr("dog/1.png", B)
+        archive.comment = comment
+    content = bytearray(path.read_bytes())
+    end = content.index(b"PK\x05\x06")
+    content[end + 12 : end + 16] = bytes(4)
+    path.write_bytes(content)
+    assert not problems(path)
+    monkeypatch.setattr(imagefolder, "MAX_DIRECTORY_BYTES", 60)
+    assert problems(path) == [(None, "too_large")]
+
+
 def test_a_bomb_that_declares_less_than_it_has(tmp_path: Path) -> None:
     """The declared size is what counts: no more than that is ever unpacked."""
     path = write_zip(tmp_path / "upload", {"cat/1.png": A.ljust(100_000, b"\0")})

@@ -6,6 +6,7 @@ give a ``file_name`` (below the metadata's folder) and a ``label``. Nothing is e
 
 from __future__ import annotations
 
+import io
 import lzma
 import zipfile
 import zlib
@@ -28,8 +29,8 @@ MAX_TOTAL_BYTES = 4 << 30
 #: Of the list of files at the zip's end, which is read as a whole.
 MAX_DIRECTORY_BYTES = 32 << 20
 
-_END = b"PK\x05\x06"
-_END_BYTES, _MAX_COMMENT_BYTES = 22, 0xFFFF
+_END, _LOCATOR = b"PK\x05\x06", b"PK\x06\x07"
+_END_BYTES, _END64_BYTES, _LOCATOR_BYTES, _MAX_COMMENT_BYTES = 22, 56, 20, 0xFFFF
 _ENCRYPTED = 0x1
 _METADATA = {"metadata.jsonl": read_lines, "metadata.csv": read_table}
 _SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
@@ -56,13 +57,22 @@ def read_images(path: Path) -> Iterator[Record | Problem]:
 def _check_directory(path: Path) -> None:
     """Make sure that the list of files is small before `zipfile` reads it."""
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _END_BYTES - _MAX_COMMENT_BYTES))
-        tail = file.read()
-    end = tail.rfind(_END)
-    declared = int.from_bytes(tail[end + 12 : end + 16], "little")
-    if end >= 0 and min(declared, size) > MAX_DIRECTORY_BYTES:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - _LOCATOR_BYTES - _END64_BYTES - _END_BYTES - _MAX_COMMENT_BYTES))
+        declared = _directory_bytes(file.read())
+    if min(declared, size) > MAX_DIRECTORY_BYTES:
         raise _too_large(f"a list of files of {declared:,} bytes", f"{MAX_DIRECTORY_BYTES:,}")
+
+
+def _directory_bytes(tail: bytes) -> int:
+    """The size of the list of files where `zipfile` finds it: in the record at the end, or its larger sibling's."""
+    end = tail.rfind(_END, 0, len(tail) - _END_BYTES + len(_END))
+    if end < 0:
+        return 0
+    locator = end - _LOCATOR_BYTES
+    if locator >= _END64_BYTES and tail[locator:end].startswith(_LOCATOR):
+        return int.from_bytes(tail[locator - 16 : locator - 8], "little")
+    return int.from_bytes(tail[end + 12 : end + 16], "little")
 
 
 def _read(archive: ZipFile) -> Iterator[Record | Problem]:
