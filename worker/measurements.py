@@ -28,7 +28,7 @@ def measurements_csv(session: Session, job_id: str) -> bytes:
     steps: dict[int, dict[str, Any]] = defaultdict(dict)
     for event in session.scalars(statement):
         data = event.data or {}
-        steps[data["step"]] |= data
+        steps[int(data["step"])] |= data | {"step": int(data["step"])}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -86,7 +86,7 @@ class JobProgress:
                     job_id=job.id,
                     step_number=evaluated.step,
                     model_name=name,
-                    metrics={"step": evaluated.step} | metrics,
+                    metrics=metrics | {"step": evaluated.step},
                 )
             )
             add_metrics_event(session, job.id, evaluated.step, self._total_steps, metrics=metrics)
@@ -135,7 +135,7 @@ def _has_step_event(session: Session, job_id: str, step: int) -> bool:
     of_step = select(JobEvent.seq).where(
         JobEvent.job_id == job_id,
         JobEvent.type == "metrics",
-        JobEvent.data["step"].as_integer() == step,
+        JobEvent.data["step"].as_float() == step,  # events of evaluations had floats once
         JobEvent.data["trained_tokens"].as_integer().is_not(None),
     )
     return session.scalar(of_step.limit(1)) is not None
@@ -165,7 +165,7 @@ def add_metrics_event(session: Session, job_id: str, step: int, total_steps: int
         )
         if metrics.get(name) is not None
     )
-    data = {"step": step, "total_steps": total_steps} | metrics
+    data = metrics | {"step": step, "total_steps": total_steps}  # a measurement's own step is a float
     message = f"Step {step}/{total_steps}: {losses}".removesuffix(": ")
     add_event(session, job_id, message=message, type="metrics", data=data)
 

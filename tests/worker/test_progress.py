@@ -257,7 +257,7 @@ class TestResultFile:
         record.on_start(60)
         for step in (make_step(1, loss=2.5), make_step(2, loss=None), make_step(3, loss=0.5)):
             record.on_step(step)
-        measured = {"train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.625}
+        measured = {"step": 3.0, "train_loss": 0.5, "valid_loss": 0.75, "valid_mean_token_accuracy": 0.625}
         record.on_evaluation(Evaluated(step=3, metrics=dict(measured), file="s"), make_artifact())
         succeed(any_service, lease)
 
