@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from tests.uora.task_cases import CASES, Recorder
 from uora.data import Dataset
@@ -56,6 +57,8 @@ def main(folder: Path) -> None:
         "states": list(recorder.states),
     }
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    distributed.barrier()  # none leaves while another still talks to it
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

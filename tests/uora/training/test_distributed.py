@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def launch(folder: Path) -> list[dict[str, Any]]:
     """A run of two processes; what each one's observer was told."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     module = ["tests.uora.training.distributed_run", str(folder)]
-    subprocess.run([sys.executable, "-m", *launcher, "-m", *module], check=True, timeout=150)
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    subprocess.run([sys.executable, "-m", *launcher, "-m", *module], env=environment, check=True, timeout=150)
     return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
 
 
