@@ -59,7 +59,7 @@ class SharedProducts:
 
     def __init__(self) -> None:
         self._x: weakref.ref[Tensor] | None = None
-        self._key: tuple[int, int, bool] | None = None
+        self._when: tuple[int, bool, int] | None = None
         self._products: dict[int, tuple[Tensor, Tensor]] = {}
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
@@ -67,22 +67,33 @@ class SharedProducts:
 
         Args:
             x: activations, ``(..., in)``.
-            a: ``(r, in)``.
+            a: ``(r, in)``, never written to.
 
         Returns:
             ``(..., r)``.
         """
-        # The same tensor, not written to since, and a product that is part of the graph if this one is to be.
-        if self._x is None or self._x() is not x or self._key != (x._version, a._version, torch.is_grad_enabled()):
-            self._x, self._products = weakref.ref(x), {}
-            self._key = x._version, a._version, torch.is_grad_enabled()
+        when = x._version, torch.is_grad_enabled(), _pass()
+        if self._x is None or self._x() is not x or self._when != when:
+            self._x, self._when, self._products = weakref.ref(x), when, {}
         if id(a) not in self._products:
             self._products[id(a)] = a, F.linear(x, a)  # with a itself, so that its id stays its own
         return self._products[id(a)][1]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def clear(self) -> None:
+        """Forget, at the end of a forward: a later one of the same x has a graph of its own."""
+        self._x, self._products = None, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedProducts:
         """A copy starts empty."""
-        return {"_x": None, "_key": None, "_products": {}}
+        return SharedProducts()
+
+
+def _pass() -> int:
+    """Number of the backward pass that this runs in, where activations are computed again; -1 outside of one.
+
+    What is computed again must not use what was kept from the first time: torch counts both.
+    """
+    return torch._C._current_graph_task_id()
 
 
 @dataclass(frozen=True)

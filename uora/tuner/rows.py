@@ -91,6 +91,13 @@ class MixedBatchModel(BaseTuner):
         """Runs for the first adapter only, once nn.Module is ready for attributes."""
         self._rows = RowAdapters()
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, with the adapters."""
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._rows.products.clear()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
         """Give each row of this forward the adapter named for it in ``adapter_names``."""
