@@ -6,10 +6,10 @@ PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check format lock clean
+.PHONY: help setup demo up test check bench-train bench-cotrain format lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv and install exactly what requirements.lock names
 
@@ -34,6 +34,12 @@ check: $(STAMP) ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-train: $(STAMP) ## a training step against stock PEFT's, about 10 minutes
+	@$(BIN)/python -m benchmarks.training
+
+bench-cotrain: $(STAMP) ## small jobs together against one after the other, about 10 minutes
+	@$(BIN)/python -m benchmarks.cotraining
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
