@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one repetition of three jobs with three rows")
     parser.add_argument("--jobs", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=30, help="of each job; as many steps")
+    parser.add_argument("--rows", type=int, default=20, help="of each job; as many steps")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--data", type=Path, default=e2e.DEFAULT, help="the E2E challenge's devset.csv")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
