@@ -69,6 +69,9 @@ class Watch:
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Nothing to keep: the result holds the adapter."""
 
+    def on_state(self, step: int, state: bytes) -> None:
+        """Nothing to keep: nobody stops this."""
+
     def should_stop(self) -> bool:
         """Never."""
         return False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -52,7 +53,6 @@ from uora.training.loss import predicting_positions
 from uora.training.packing import make_packer
 
 MODEL = "SmolLM2-135M-Instruct"
-BATCH = 8
 SEED = 0
 CACHE = Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
 console = Console(width=150)
@@ -108,16 +108,17 @@ class Workload:
     base: LocalModel
     dataset: Dataset[Row]
     examples: list[Example]
+    batch: int
 
     @classmethod
-    def read(cls, path: Path, steps: int) -> Workload:
+    def read(cls, path: Path, *, steps: int, batch: int) -> Workload:
         """Enough rows for ``steps`` steps."""
         base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
         with tempfile.TemporaryDirectory() as folder:
-            rows = e2e.read_rows(path, steps * BATCH)
+            rows = e2e.read_rows(path, steps * batch)
             dataset = read_file(e2e.write_jsonl(rows, Path(folder) / "rows.jsonl"), "chat")
         tokenizer = load_tokenizer(base)
-        return cls(base, dataset, [encode_chat(cast(ChatRow, row), tokenizer) for row in dataset.rows])
+        return cls(base, dataset, [encode_chat(cast(ChatRow, row), tokenizer) for row in dataset.rows], batch)
 
 
 Contestant = Callable[[Workload], Stopwatch]
@@ -130,7 +131,7 @@ def ours(r: int, *, packing: bool = True) -> Contestant:
         adapter = UoraSpec(r=r)
         spec = TrainingSpec(
             adapter=adapter,
-            hyperparameters=Hyperparameters(n_epochs=1, batch_size=BATCH, learning_rate_multiplier=1.0),
+            hyperparameters=Hyperparameters(n_epochs=1, batch_size=work.batch, learning_rate_multiplier=1.0),
             options=TrainingOptions(packing=packing, save_steps=1000),
             learning_rate=adapter.base_learning_rate,
             seed=SEED,
@@ -189,7 +190,7 @@ def stock(config: Callable[[], PeftConfig], learning_rate: float) -> Contestant:
                 args=TrainingArguments(
                     output_dir=folder,
                     num_train_epochs=1,
-                    per_device_train_batch_size=BATCH,
+                    per_device_train_batch_size=work.batch,
                     learning_rate=learning_rate,
                     seed=SEED,
                     save_strategy="no",
@@ -226,8 +227,8 @@ def floor(work: Workload) -> Stopwatch:
     embed = model.get_input_embeddings()
     watch = Stopwatch()
     watch.start()
-    for start in range(0, len(work.examples), BATCH):
-        rows = work.examples[start : start + BATCH]
+    for start in range(0, len(work.examples), work.batch):
+        rows = work.examples[start : start + work.batch]
         total = 0.0
         for piece in packer.pieces(rows, max_tokens=MAX_TOKENS_AT_ONCE[_device()]):
             labels = piece.pop("labels").to(_device())
@@ -270,6 +271,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours: uora r=64, padded": ours(64, packing=False),
 }
 BASE_ONLY = "base model only"
+OURS = "ours: uora r=64"
 REFERENCE = "peft: lora r=8"
 
 
@@ -280,27 +282,29 @@ def main() -> None:
     if arguments.memory_of:
         _measure_memory(arguments)
         return
-    work = Workload.read(arguments.data, arguments.steps)
+    work = Workload.read(arguments.data, steps=arguments.steps, batch=arguments.batch)
     watches: dict[str, list[Stopwatch]] = {name: [] for name in CONTESTANTS}
     for repetition in range(arguments.repetitions):
         for name, contestant in CONTESTANTS.items():
             console.print(f"repetition {repetition + 1} of {arguments.repetitions}: {name}", style="dim")
             watches[name].append(contestant(work))
-    memory = {name: _memory_in_its_own_process(name, arguments) for name in (BASE_ONLY, *CONTESTANTS)}
+    measured = (OURS, REFERENCE) if arguments.smoke else tuple(CONTESTANTS)
+    memory = {name: _memory_in_its_own_process(name, arguments) for name in (BASE_ONLY, *measured)}
     _show(work, watches, memory, arguments)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one repetition of two steps")
+    parser.add_argument("--smoke", action="store_true", help="one repetition of two steps of two rows, memory of two")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of a repetition; the first is not counted")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--data", type=Path, default=e2e.DEFAULT, help="the E2E challenge's devset.csv")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.repetitions, arguments.steps = 1, 2
+        arguments.repetitions, arguments.steps, arguments.batch = 1, 2, 2
     return arguments
 
 
@@ -327,7 +331,7 @@ def peak_mib() -> float:
 
 
 def _measure_memory(arguments: argparse.Namespace) -> None:
-    work = Workload.read(arguments.data, arguments.steps)
+    work = Workload.read(arguments.data, steps=arguments.steps, batch=arguments.batch)
     if arguments.memory_of == BASE_ONLY:
         kept = load_model(work.base, dtype=torch.bfloat16, device=_device())
         found = torch.cuda.memory_allocated() if _device() == "cuda" else psutil.Process().memory_info().rss
@@ -340,7 +344,16 @@ def _measure_memory(arguments: argparse.Namespace) -> None:
 
 def _memory_in_its_own_process(name: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "benchmarks.training", "--memory-of", name]
-    command += ["--steps", "2", "--threads", str(arguments.threads), "--data", str(arguments.data)]
+    command += [
+        "--steps",
+        "2",
+        "--batch",
+        str(arguments.batch),
+        "--threads",
+        str(arguments.threads),
+        "--data",
+        str(arguments.data),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -352,15 +365,15 @@ def _show(
     work: Workload, watches: dict[str, list[Stopwatch]], memory: dict[str, float], arguments: argparse.Namespace
 ) -> None:
     seconds = {name: statistics.median(_counted(runs)) for name, runs in watches.items()}
-    above = {name: memory[name] - memory[BASE_ONLY] for name in watches}
+    above = {name: memory.get(name, math.nan) - memory[BASE_ONLY] for name in watches}
     tokens = {name: runs[0].tokens for name, runs in watches.items()}
     if len(set(tokens.values())) != 1:
         sys.exit(f"The contestants did not train the same tokens: {tokens}")
     (per_run,) = set(tokens.values())
     learned = sum(label != -100 for example in work.examples for label in example.labels)
     table = Table(
-        title=f"{MODEL}, bfloat16, E2E as chat, batch {BATCH}: {per_run / arguments.steps:.0f} tokens a step, "
-        f"{learned / per_run:.0%} of them learned; {arguments.threads} threads of {os.cpu_count()} cores",
+        title=f"{MODEL}, bfloat16, E2E as chat, batch {arguments.batch}: "
+        f"{per_run / arguments.steps:.0f} tokens a step, {learned / per_run:.0%} of them learned; {arguments.threads} threads of {os.cpu_count()} cores",
     )
     for column in (
         "",

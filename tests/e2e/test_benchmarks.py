@@ -30,3 +30,19 @@ def test_five_methods_in_one_batch() -> None:
     assert result["answers"] == len(METHODS) + 1
     assert result["methods"].keys() == set(METHODS)
     assert all(item["last_loss"] < item["first_loss"] for item in result["methods"].values())
+
+
+def test_a_training_step_against_stock_peft() -> None:
+    """All contestants train the same tokens, or the benchmark fails."""
+    result = smoke("training")
+    ratios = ("uora64_vs_lora8", "uora256_vs_vera256", "uora64_vs_vera64", "uora64_vs_floor", "memory_vs_lora8")
+    assert all(result[name] > 0 for name in ratios)
+    assert result["tokens_per_step"] > 100
+
+
+def test_jobs_together_and_one_after_the_other() -> None:
+    result = smoke("cotraining")
+    assert result["jobs"] == 3
+    assert result["cotrain_speedup"] == pytest.approx(
+        result["jobs_per_hour_together"] / result["jobs_per_hour_alone"], rel=0.01
+    )
