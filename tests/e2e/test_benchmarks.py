@@ -30,3 +30,9 @@ def test_five_methods_in_one_batch() -> None:
     assert result["answers"] == len(METHODS) + 1
     assert result["methods"].keys() == set(METHODS)
     assert all(item["last_loss"] < item["first_loss"] for item in result["methods"].values())
+
+
+def test_starts_of_jobs() -> None:
+    result = smoke("starting")  # which fails if one of its jobs does
+    assert result.keys() == {"cold_seconds", "warm_seconds", "cores"}
+    assert all(value > 0 for value in result.values())
