@@ -81,8 +81,6 @@ def _configure(celery: Celery, settings: Settings) -> None:
 
 def _stop_training(**_: Any) -> None:
     context.STOPPING.set()
-    # Not here: this is a signal's handler, and what it interrupted may hold the lock.
-    threading.Thread(target=context.SPARE.close).start()
 
 
 def _leave_with_worker(**_: Any) -> None:

@@ -1,8 +1,9 @@
 """One training run in a process of its own: ``python -m worker.child``, started by ``worker.supervisor``.
 
 A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here.
-The request comes as the first line on stdin, which may be long after the start: what a training needs is imported
-meanwhile. That stdin stays open means that the parent is alive. Reports leave on a private copy of stdout; the real one leads to stderr, so that no library's print can get between them.
+The request comes as the first line on stdin, which may be long after the start: what takes seconds to import is
+imported meanwhile. That stdin stays open means that the parent is alive. Reports leave on a private copy of stdout; the
+real one leads to stderr, so that no library's print can get between them.
 """
 
 from __future__ import annotations

@@ -43,7 +43,6 @@ class Resources:
 
 #: Outside of `resources`, so that a signal handler that sets it never has to build them.
 STOPPING = threading.Event()
-SPARE = SpareChild(STOPPING)
 
 
 def build(settings: Settings) -> Resources:
@@ -55,7 +54,7 @@ def build(settings: Settings) -> Resources:
         storage=LocalStore(settings.storage_dir),
         owner=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
         stopping=STOPPING,
-        spare=SPARE,
+        spare=SpareChild(STOPPING),
     )
 
 

@@ -16,13 +16,14 @@ class SpareChild:
     """A place for one child that waits for its request.
 
     Args:
-        stopping: when it is set, no spare is started any more.
+        stopping: when it is set, the spare is ended, and none is started any more.
     """
 
     def __init__(self, stopping: threading.Event) -> None:
         self._stopping = stopping
         self._lock = threading.Lock()
         self._child: ChildProcess | None = None
+        self._watch = threading.Thread(target=self._close_when_stopping, daemon=True)
 
     def take(self) -> ChildProcess:
         """The spare, which is the caller's from now on; a new child if there is none, or it has died."""
@@ -40,12 +41,18 @@ class SpareChild:
                 return
             _end(self._child)
             self._child = ChildProcess.start()
+            if self._watch.ident is None:  # the first one
+                self._watch.start()
 
     def close(self) -> None:
-        """End the spare. After ``stopping`` was set, there is none from here on."""
+        """End the spare."""
         with self._lock:
             child, self._child = self._child, None
         _end(child)
+
+    def _close_when_stopping(self) -> None:
+        self._stopping.wait()
+        self.close()
 
 
 def _end(child: ChildProcess | None) -> None:

@@ -284,7 +284,7 @@ def test_pause_and_resume(processes: Processes) -> None:
     (spare,) = children(trainer)
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
-    assert not spare.is_running()
+    wait_until(lambda: not spare.is_running(), what="the end of the spare", seconds=5)
 
 
 @pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)

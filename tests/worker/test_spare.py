@@ -118,6 +118,14 @@ class TestJobs:
         assert service.job(job_id).status == "queued"
         assert [child.is_alive for child in started] == [False]
 
+    def test_one_that_waits_ends_when_its_trainer_leaves(self, held: Resources, started: list[ChildProcess]) -> None:
+        held.spare.refill()
+        held.stopping.set()
+        wait_until(lambda: not started[0].is_alive, what="its end", seconds=5)
+        held.spare.refill()
+
+        assert len(started) == 1
+
 
 class TestRealChild:
     def test_its_imports_leave_cuda_alone(self) -> None:
