@@ -373,7 +373,8 @@ def _show(
     learned = sum(label != -100 for example in work.examples for label in example.labels)
     table = Table(
         title=f"{MODEL}, bfloat16, E2E as chat, batch {arguments.batch}: "
-        f"{per_run / arguments.steps:.0f} tokens a step, {learned / per_run:.0%} of them learned; {arguments.threads} threads of {os.cpu_count()} cores",
+        f"{per_run / arguments.steps:.0f} tokens a step, "
+        f"{learned / per_run:.0%} of them learned; {arguments.threads} threads of {os.cpu_count()} cores",
     )
     for column in (
         "",

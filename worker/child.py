@@ -1,8 +1,9 @@
 """One training run in a process of its own: ``python -m worker.child``, started by ``worker.supervisor``.
 
 A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here.
-The request comes as the first line on stdin; that stdin stays open means that the parent is alive. Reports leave
-on a private copy of stdout; the real one leads to stderr, so that no library's print can get between them.
+The request comes as the first line on stdin, which may be long after the start: what takes seconds to import is
+imported meanwhile. That stdin stays open means that the parent is alive. Reports leave on a private copy of stdout; the
+real one leads to stderr, so that no library's print can get between them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import shutil
 import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -103,17 +107,32 @@ class ReportingObserver:
 def main() -> int:
     """Read the request, train, report. Returns the exit status: 0 when a result, a stop or an error was reported."""
     stream = _take_stdout()
+    # In a thread, so that a parent that leaves is noticed at once.
+    imports = threading.Thread(target=_import, daemon=True)
+    imports.start()
     line = sys.stdin.buffer.readline()
     if not line:
         return 1
     request = ChildRequest.model_validate_json(line)
+    os.chdir(request.work_dir)
     watch = threading.Thread(target=_leave_with_parent, args=(request.work_dir,), daemon=True)
     watch.start()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     observer = ReportingObserver(request, stream)
     signal.signal(signal.SIGTERM, observer.stop)
+    imports.join()
     _run(request, observer)
     return 0
+
+
+def _import() -> None:
+    """What takes seconds to import. Nothing here touches CUDA: a child that waits for its request has no part of it."""
+    with suppress(Exception):  # what fails here fails again, and is reported, when it is used
+        torch = import_module("torch")
+        # peft imports bitsandbytes, which asks CUDA for its devices.
+        asks_cuda = find_spec("bitsandbytes") is not None and torch.backends.cuda.is_built()
+        import_module("uora.data")
+        import_module("transformers.modeling_utils" if asks_cuda else "uora.training")
 
 
 def _run(request: ChildRequest, observer: ReportingObserver) -> None:

@@ -60,27 +60,40 @@ class ChildProcess:
             reader.start()
 
     @classmethod
-    @contextmanager
-    def running(cls, request: ChildRequest, *, grace: timedelta) -> Iterator[ChildProcess]:
-        """Start a child on ``request``; at the end of the block it is gone."""
+    def start(cls) -> ChildProcess:
+        """A child that imports what a training needs, and waits for its request. Whoever starts it stops it."""
         process = subprocess.Popen(  # noqa: S603 - a constant of this module
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=request.work_dir,
+            cwd="/",  # until it has its request, which names its work folder
             env=child_environment(),
             text=True,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C in the worker's terminal is the worker's to handle
         )
-        child = cls(process)
+        return cls(process)
+
+    @contextmanager
+    def running(self, request: ChildRequest, *, grace: timedelta) -> Iterator[None]:
+        """Let it work on ``request``; at the end of the block it is gone."""
         try:
-            child.send(request)
-            yield child
+            self.send(request)
+            yield
         finally:
-            child.stop(grace)
+            self.stop(grace)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
     def send(self, request: ChildRequest) -> None:
         """Hand over the request; stdin stays open for as long as this process lives."""
@@ -106,11 +119,11 @@ class ChildProcess:
     def sample_memory(self) -> None:
         """Look at what the child holds now, for `peak_bytes`."""
         with suppress(psutil.Error):  # it has just ended
-            self.peak_bytes = max(self.peak_bytes, psutil.Process(self._process.pid).memory_info().rss)
+            self.peak_bytes = max(self.peak_bytes, psutil.Process(self.pid).memory_info().rss)
 
     def stop(self, grace: timedelta) -> None:
         """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""
-        if self._process.poll() is None:
+        if self.is_alive:
             self._signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=grace.total_seconds())
@@ -135,7 +148,7 @@ class ChildProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def _read_reports(self) -> None:
         for line in self._stdout:
@@ -149,5 +162,5 @@ class ChildProcess:
 def child_environment() -> dict[str, str]:
     """The environment of a training child: a list of what is passed, so that a new secret is never among it."""
     passed = {name: value for name, value in os.environ.items() if name in _PASSED or name.startswith(_PASSED_PREFIXES)}
-    # The child starts in its work folder; it finds this code where this process has it from.
+    # The child starts elsewhere; it finds this code where this process has it from.
     return passed | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"}

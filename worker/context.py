@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from api.queue import CeleryQueue, TaskName, TaskQueue
 from api.settings import Settings
 from api.storage import LocalStore
 from worker.lease import Sessions
+from worker.spare import SpareChild
 
 
 class CountingQueue(TaskQueue, Protocol):
@@ -35,7 +36,9 @@ class Resources:
     #: Names this process in leases and logs.
     owner: str
     #: Set when the worker is told to leave: whoever trains stops and gives the job back.
-    stopping: threading.Event = field(default_factory=threading.Event)
+    stopping: threading.Event
+    #: The process of the next training, if it is kept waiting.
+    spare: SpareChild
 
 
 #: Outside of `resources`, so that a signal handler that sets it never has to build them.
@@ -51,6 +54,7 @@ def build(settings: Settings) -> Resources:
         storage=LocalStore(settings.storage_dir),
         owner=f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
         stopping=STOPPING,
+        spare=SpareChild(STOPPING),
     )
 
 

@@ -52,7 +52,8 @@ Outcome = Finished | Failure | CancelRequested | Interrupted | TakenOver
 
 def supervise(resources: Resources, lease: Lease, request: ChildRequest) -> Outcome:
     """Run one training to its end, whatever that is. The child is gone when this returns or raises."""
-    with ChildProcess.running(request, grace=resources.settings.stop_grace) as child:
+    child = resources.spare.take()
+    with child.running(request, grace=resources.settings.stop_grace):
         try:
             return _Watch(resources, lease, request, child).until_end()
         except LeaseLost as lost:

@@ -46,3 +46,9 @@ def test_jobs_together_and_one_after_the_other() -> None:
     assert result["cotrain_speedup"] == pytest.approx(
         result["jobs_per_hour_together"] / result["jobs_per_hour_alone"], rel=0.01
     )
+
+
+def test_starts_of_jobs() -> None:
+    result = smoke("starting")  # which fails if one of its jobs does
+    assert result.keys() == {"cold_seconds", "warm_seconds", "cores"}
+    assert all(value > 0 for value in result.values())

@@ -54,6 +54,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
         base_models={BASE_MODEL: f"path:{tmp_path / 'no-model'}"},
         dtype="float32",
         torch_threads=1,
+        spare_trainer=False,  # it would outlive the test
         heartbeat_interval=timedelta(seconds=0.2),
         sweep_interval=timedelta(seconds=1),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from api.storage import LocalStore
 from uora.spec import HyperparameterRequest, TrainingOptions, UoraSpec, resolve
 from worker.context import Resources
 from worker.lease import Lease, claim
+from worker.spare import SpareChild
 
 BASE_MODEL = "tiny"
 TTL = timedelta(seconds=30)
@@ -71,12 +73,15 @@ class Service:
     def resources(self, **changes: Any) -> Resources:
         """The resources of one worker process."""
         settings = self.settings.model_copy(update=changes)
+        stopping = threading.Event()
         return Resources(
             settings=settings,
             sessions=self.sessions,
             queue=self.queue,
             storage=self.storage,
             owner=new_id("worker-"),
+            stopping=stopping,
+            spare=SpareChild(stopping),
         )
 
     def add_file(self, content: bytes, *, project_id: str | None = None) -> str:

@@ -241,7 +241,8 @@ class TestGrace:
     def deaf(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It keeps a state, and does not hear SIGTERM."""
         script = (
-            "import json, sys, time, signal; from pathlib import Path; sys.stdin.readline()\n"
+            "import json, os, sys, time, signal; from pathlib import Path\n"
+            "os.chdir(json.loads(sys.stdin.readline())['work_dir'])\n"
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "Path('s').write_bytes(b'kept')\n"
             "for report in ({'type': 'started', 'total_steps': 9}, {'type': 'state', 'step': 3, 'file': 's'}):\n"

@@ -270,7 +270,8 @@ def test_pause_and_resume(processes: Processes) -> None:
     with service.sessions.begin() as session:
         jobs.pause(session, user, job_id)
     processes.wait_for(job_id, JobStatus.PAUSED)
-    assert children(trainer) == []
+    wait_until(lambda: len(children(trainer)) == 1, what="a spare child alone", seconds=10)
+    (spare,) = children(trainer)
     assert kept_step(service, job_id) > 0
     assert list(processes.temporary.iterdir()) == []
 
@@ -278,8 +279,12 @@ def test_pause_and_resume(processes: Processes) -> None:
         jobs.resume(work, user, job_id)
     processes.wait_for(job_id, JobStatus.SUCCEEDED)
     assert_went_on(service, job_id)
+    assert not spare.is_running()  # it was used
+    wait_until(lambda: children(trainer), what="the next spare", seconds=10)
+    (spare,) = children(trainer)
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
+    wait_until(lambda: not spare.is_running(), what="the end of the spare", seconds=5)
 
 
 @pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)

@@ -52,6 +52,7 @@ def load_model(
 
     The head (see `head_modules`) is what follows the base model proper, and its pooler if the weights' files lack it.
     It is the only part that requires gradients, and it is float32 whatever ``dtype`` is. Its linear layers have a bias.
+    On the CPU, weights that are stored as ``dtype`` stay in their memory-mapped file, whose pages processes share.
 
     Args:
         local: what `fetch` returned.

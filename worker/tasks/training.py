@@ -42,6 +42,9 @@ def train(held: Resources, job_id: str) -> None:
         _settle(held, lease, _outcome(held, lease))
     except LeaseLost as lost:
         logger.warning("%s", lost)
+    finally:
+        if settings.spare_trainer:
+            held.spare.refill()
 
 
 def record(held: Resources, lease: Lease, outcome: Outcome) -> None:

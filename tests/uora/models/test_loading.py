@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def test_loaded_model_is_frozen_and_of_the_asked_dtype(tiny_base: LocalModel) ->
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_that_need_no_conversion_stay_in_their_file(tiny_base: LocalModel) -> None:
+    model = load_model(tiny_base, dtype=torch.float32, device="cpu")
+    address = model.get_input_embeddings().weight.data_ptr()
+    (path,) = [path for (start, end), path in mapped_regions() if start <= address < end]
+    assert path == str(tiny_base.directory / "model.safetensors")
+
+
+def mapped_regions() -> Iterator[tuple[tuple[int, int], str]]:
+    """This process's memory: addresses from and to, and the file that is mapped there."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, _, *path = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        yield (start, end), "".join(path)
 
 
 def test_context_is_the_configurations(tiny_base: LocalModel) -> None:
