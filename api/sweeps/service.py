@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -55,17 +56,18 @@ def _check(body: SweepCreate) -> None:
 
 
 def _job_body(body: SweepCreate, *, seed: int | None, learning_rate: float | None) -> JobCreate:
-    values = {"suffix": _suffix(body.suffix, seed=seed, learning_rate=learning_rate)}
+    values: dict[str, Any] = {"suffix": _suffix(body.suffix, seed=seed, learning_rate=learning_rate)}
     if seed is not None:
-        values |= {"seed": seed}
+        values["seed"] = seed
     if learning_rate is not None:
-        values |= {"peft": body.peft.model_copy(update={"learning_rate": learning_rate})}
+        values["peft"] = body.peft.model_copy(update={"learning_rate": learning_rate})
     return body.model_copy(update=values)
 
 
 def _suffix(suffix: str | None, *, seed: int | None, learning_rate: float | None) -> str:
     """The suffix, and the values that this job tries: its model tells by its name what it is."""
-    parts = (suffix, seed is not None and f"s{seed}", learning_rate is not None and f"lr{learning_rate}")
+    tried = {"s": seed, "lr": learning_rate}
+    parts = [suffix, *(f"{letters}{value}" for letters, value in tried.items() if value is not None)]
     name = "-".join(part for part in parts if part)
     if len(name) > MAX_SUFFIX:
         raise InvalidRequest(
