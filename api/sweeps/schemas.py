@@ -23,7 +23,7 @@ LearningRate = Annotated[float, Field(gt=0.0, le=100.0)]
 
 
 class SweepGrid(BaseModel):
-    """What to try: every seed with every learning rate. What is left out is as the body says for all jobs."""
+    """What to try: every seed with every learning rate. What is left out is the same for all jobs."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -57,7 +57,7 @@ class SweepResult(BaseModel):
 
     job: str
     seed: int
-    #: The peak learning rate; None while it is the method's default that was not settled yet.
+    #: As it was tried, before the multiplier; None for the method's default.
     learning_rate: float | None
     status: str
     #: Of the job's model as it answers now; of the latest checkpoint while there is no model.
@@ -91,7 +91,7 @@ class Sweep(BaseModel):
                 SweepResult(
                     job=job.id,
                     seed=job.seed,
-                    learning_rate=(job.training_spec or {}).get("learning_rate", job.learning_rate),
+                    learning_rate=job.learning_rate,
                     status=job.status,
                     valid_loss=valid_losses.get(job.id),
                 )

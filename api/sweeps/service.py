@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection
 from typing import Any
 
@@ -11,7 +12,7 @@ from api.caller import Caller
 from api.database import new_id
 from api.errors import InvalidRequest
 from api.jobs import service as jobs
-from api.jobs.schemas import MAX_SUFFIX, JobCreate
+from api.jobs.schemas import MAX_SEED, MAX_SUFFIX, JobCreate
 from api.sweeps.repository import SweepRepository
 from api.sweeps.schemas import Sweep, SweepCreate
 from api.unit_of_work import UnitOfWork
@@ -27,6 +28,8 @@ def create(work: UnitOfWork, caller: Caller, *, body: SweepCreate, base_models: 
     """
     _check(body)
     sweep_id = new_id("ftsweep-")
+    if body.seed is None:  # losses of other seeds would say little of learning rates
+        body = body.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
     for seed, learning_rate in body.sweep.combinations():
         one = _job_body(body, seed=seed, learning_rate=learning_rate)
         jobs.create(work, caller, body=one, base_models=base_models, sweep_id=sweep_id)
