@@ -114,7 +114,9 @@ class JobCreate(_Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
-    suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: MethodRequest | None = None

@@ -73,7 +73,9 @@ def test_a_public_route_exists() -> None:
 def ids(service: Service) -> dict[str, str]:
     """Something of the first project for each parameter of a path."""
     with service.sessions.begin() as session:
-        job = add_job(session, service.tenant, status=JobStatus.RUNNING, pause_requested=True, sweep_id=new_id("ftsweep-"))
+        job = add_job(
+            session, service.tenant, status=JobStatus.RUNNING, pause_requested=True, sweep_id=new_id("ftsweep-")
+        )
         add_event(session, job.id, message="private")
         file = add_file(session, service.tenant)
         service.settings.storage_dir.joinpath(file.id).write_bytes(b"private...")
