@@ -153,6 +153,12 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class SweepNotFound(NotFound):
+    """No such sweep in the caller's project."""
+
+    code = "sweep_not_found"
+
+
 class CheckpointNotFound(NotFound):
     """No such checkpoint of the job."""
 

@@ -95,6 +95,9 @@ class Job(Base, Listed):
     finished_at: Mapped[datetime | None]
     estimated_finish: Mapped[datetime | None]
 
+    #: The sweep that it was made for; None for a job of its own.
+    sweep_id: Mapped[str | None] = mapped_column(index=True)
+
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     #: Asked of a job that is validated or trained: it stops where that can be, and goes on when it is resumed.
     pause_requested: Mapped[bool] = mapped_column(default=False)

@@ -34,6 +34,7 @@ from uora.spec import (
 )
 
 MAX_SEED = 2**31 - 1
+MAX_SUFFIX = 64
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
@@ -113,7 +114,9 @@ class JobCreate(_Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
-    suffix: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: MethodRequest | None = None
@@ -198,6 +201,8 @@ class FineTuningJob(Shown):
     stopped_early: bool | None
     #: Step of the checkpoint with the lowest validation loss.
     best_step: int | None
+    #: The sweep that it was made for.
+    sweep: str | None
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -228,6 +233,7 @@ class FineTuningJob(Shown):
             dataset_report=job.dataset_report,
             stopped_early=job.stopped_early,
             best_step=job.best_step,
+            sweep=job.sweep_id,
         )
 
 

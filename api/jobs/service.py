@@ -43,8 +43,10 @@ class Start:
     tuned: Adapter | None = None
 
 
-def create(work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
-    """Insert the job and ring for its validation.
+def create(
+    work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str], sweep_id: str | None = None
+) -> Job:
+    """Insert the job, for a sweep if one is named, and ring for its validation.
 
     Raises:
         ModelNotFound: neither a base model nor one of the project's.
@@ -58,7 +60,7 @@ def create(work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Co
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             _check_file(files.lock(file_id, shared=True, param=param), param=param)
-    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start))
+    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start, sweep_id=sweep_id))
     add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
     work.ring(TaskName.VALIDATE, job.id)
     return job
@@ -219,7 +221,7 @@ def _check_file(file: File, *, param: str) -> None:
         )
 
 
-def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
+def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | None) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
@@ -238,6 +240,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
         options=body.training.model_dump(mode="json"),
+        sweep_id=sweep_id,
         created_at=now(),
     )
 

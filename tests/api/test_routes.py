@@ -73,7 +73,9 @@ def test_a_public_route_exists() -> None:
 def ids(service: Service) -> dict[str, str]:
     """Something of the first project for each parameter of a path."""
     with service.sessions.begin() as session:
-        job = add_job(session, service.tenant, status=JobStatus.RUNNING, pause_requested=True)
+        job = add_job(
+            session, service.tenant, status=JobStatus.RUNNING, pause_requested=True, sweep_id=new_id("ftsweep-")
+        )
         add_event(session, job.id, message="private")
         file = add_file(session, service.tenant)
         service.settings.storage_dir.joinpath(file.id).write_bytes(b"private...")
@@ -84,6 +86,7 @@ def ids(service: Service) -> dict[str, str]:
         return {
             "{file_id}": file.id,
             "{job_id}": job.id,
+            "{sweep_id}": str(job.sweep_id),
             "{model:path}": model.id,
             "{checkpoint_id}": checkpoint.id,
         }
@@ -99,7 +102,7 @@ def test_another_projects_key_finds_nothing(service: Service, ids: dict[str, str
     unknown = service.http(service.stranger).request(route.method, path.replace(path.split("/")[3], new_id("x")))
     assert foreign.status_code == 404, foreign.text
     assert set(foreign.json()["error"]) == {"message", "type", "param", "code"}
-    assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] or "jobs" in path
+    assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] or "fine_tuning" in path
     assert service.http(service.tenant).request(route.method, path).status_code == 200
 
 

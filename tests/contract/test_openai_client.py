@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
@@ -95,6 +96,17 @@ def test_pause_and_resume_as_the_client_has_them(service: Service) -> None:
         client.fine_tuning.jobs.resume(job.id)
     assert caught.value.code == "job_not_resumable"
     assert caught.value.request.headers["x-stainless-retry-count"] == "0"
+
+
+def test_a_sweep_needs_no_other_client(client: OpenAI) -> None:
+    training, validation = (client.files.create(file=ROWS, purpose="fine-tune").id for _ in range(2))
+    body = {"model": "tiny", "training_file": training, "validation_file": validation, "sweep": {"seeds": [1, 2]}}
+    made = client.post("/fine_tuning/sweeps", cast_to=httpx.Response, body=body).json()
+    assert [client.fine_tuning.jobs.retrieve(job_id).seed for job_id in made["jobs"]] == [1, 2]
+    assert client.get(f"/fine_tuning/sweeps/{made['id']}", cast_to=httpx.Response).json() == made
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/fine_tuning/sweeps", cast_to=httpx.Response, body=body | {"validation_file": None})
+    assert (caught.value.param, caught.value.code) == ("validation_file", "missing_required_parameter")
 
 
 def test_a_failed_generation_is_raised_in_the_middle_of_a_stream(service: Service, client: OpenAI) -> None:
