@@ -30,3 +30,10 @@ def test_five_methods_in_one_batch() -> None:
     assert result["answers"] == len(METHODS) + 1
     assert result["methods"].keys() == set(METHODS)
     assert all(item["last_loss"] < item["first_loss"] for item in result["methods"].values())
+
+
+def test_costs_are_measured_and_foretold() -> None:
+    result = smoke("scaling")
+    assert result["measurements"] == 3
+    assert result["machine"]
+    assert min(result["median_error"], result["max_error"], result["memory_median_error"]) >= 0
