@@ -17,7 +17,18 @@ from uora.data import DatasetReport, Overlong, build_report, detect_task, unread
 from uora.errors import DataError, UoraError
 from uora.layout import ModuleShape, trainable_parameters
 from uora.reportview import render_report
-from uora.spec import METHODS, AdapterSpec, LoraSpec, Task, parse_adapter
+from uora.spec import (
+    METHODS,
+    AdapterSpec,
+    HyperparameterRequest,
+    LoraSpec,
+    Task,
+    TrainingOptions,
+    TrainingSpec,
+    UoraSpec,
+    parse_adapter,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from uora.models import LocalModel
@@ -96,7 +107,8 @@ def _report(
     overlong: Overlong,
     training: Path | None,
 ) -> DatasetReport:
-    from uora.encoders import row_encoder  # it takes seconds to import
+    from uora.encoders import row_encoder  # they take seconds to import
+    from uora.sizing import with_estimate
 
     base = _fetch(model)
     try:
@@ -104,7 +116,7 @@ def _report(
     except DataError as error:
         return unreadable_report(file, error)
     encoder = row_encoder(told, base)
-    return build_report(
+    report = build_report(
         file,
         told,
         encode=encoder.encode,
@@ -112,6 +124,23 @@ def _report(
         max_length=encoder.max_length(max_length),
         overlong=overlong,
         training=training,
+    )
+    if not report.trainable or training is not None:
+        return report
+    options = TrainingOptions(max_length=max_length, overlong=overlong)
+    return with_estimate(report, _default_training(told, report.rows_usable, options), base)
+
+
+def _default_training(task: Task, rows: int, options: TrainingOptions) -> TrainingSpec:
+    """What a job does that asks for nothing in particular."""
+    return resolve(
+        HyperparameterRequest(),
+        adapter=UoraSpec(),
+        learning_rate=None,
+        seed=0,
+        n_examples=rows,
+        task=task,
+        options=options,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from uora.data import (
@@ -20,8 +20,6 @@ from uora.data import (
 )
 from uora.models import LocalModel, context_tokens, load_image_inputs, load_text_inputs, load_tokenizer
 from uora.spec import Task
-
-_ANY_LENGTH = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _token_encoder(task: Task, base: LocalModel) -> RowEncoder:
 
 def _text_encoder(base: LocalModel) -> RowEncoder:
     inputs = load_text_inputs(base)
-    whole = replace(inputs, max_tokens=_ANY_LENGTH)
+    whole = inputs.of_any_length()
 
     def tokens(row: Row) -> int:
         text = cast(TextRow, row)

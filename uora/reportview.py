@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from uora.data.report import DatasetReport, Lengths, Preview
+from uora.data.report import DatasetReport, Estimate, Lengths, Preview
 
 _BAR_CELLS = 40
 
@@ -56,7 +56,17 @@ def _facts(report: DatasetReport) -> Iterator[tuple[str, str]]:
         yield "also in training", f"{report.leak:,} rows"
     if report.numbers:
         yield "labels", f"{report.numbers.min:g} to {report.numbers.max:g}, mean {report.numbers.mean:g}"
+    if report.estimate is not None and report.estimate.seconds is not None:
+        yield "estimate", _estimate(report.estimate)
     yield "trainable", "yes" if report.trainable else "no"
+
+
+def _estimate(found: Estimate) -> str:
+    minutes, mebibytes = (found.seconds or 0) / 60, (found.memory_bytes or 0) / 2**20
+    return (
+        f"{found.tokens:,} tokens in {minutes:,.1f} minutes, {mebibytes:,.0f} MiB beside the base model; on another "
+        f"machine than {found.machine} the minutes differ"
+    )
 
 
 def _some(shown: tuple[str, ...], count: int) -> str:

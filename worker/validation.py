@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exists, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,17 +20,21 @@ from api.jobs.models import Job, JobEvent, JobStatus
 from api.jobs.repository import add_event, move_job
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork, open_unit_of_work
-from uora.data import Dataset, Row, read_file
-from uora.errors import BaseModelError, UoraError
+from uora.data import DatasetReport, build_report
+from uora.errors import BaseModelError, DataError
 from uora.spec import HyperparameterRequest, Task, TrainingOptions, TrainingSpec, parse_adapter, resolve
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
 from worker.results import add_failure_event, stored_error
 
+if TYPE_CHECKING:
+    from uora.models import LocalModel
+
 logger = logging.getLogger(__name__)
 
-Datasets = dict[str, Dataset[Row]]
+#: On ``training`` and, where there is one, on ``validation``.
+Reports = dict[str, DatasetReport]
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,25 @@ class Checked:
     """Good files: what is run on them, and what was found in them."""
 
     spec: TrainingSpec
-    report: dict[str, Any] | None
+    reports: Reports
+
+
+@dataclass(frozen=True)
+class Files:
+    """A job's files on this machine, and the base model that takes their rows."""
+
+    base: LocalModel
+    training: Path
+    validation: Path | None
 
 
 class Refused(Exception):
-    """The job cannot be trained, and the user is told why."""
+    """The job cannot be trained, and the user is told why, with all that was found in the files."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, reports: Reports | None = None) -> None:
         super().__init__(failure.message)
         self.failure = failure
+        self.reports = reports
 
 
 def validate(held: Resources, job_id: str) -> None:
@@ -56,7 +71,7 @@ def validate(held: Resources, job_id: str) -> None:
     try:
         checked = _check(held, job)
     except Refused as refused:
-        _fail(held, job, refused.failure)
+        _fail(held, job, refused.failure, refused.reports)
     except SQLAlchemyError:
         raise  # the database's trouble, not the job's: the sweeper rings again
     except Exception as error:
@@ -86,28 +101,66 @@ def _announce(session: Session, job: Job) -> None:
 
 
 def _check(held: Resources, job: Job) -> Checked:
-    datasets: Datasets = {"training_file": _read(held, job, job.training_file, param="training_file")}
-    if job.validation_file:
-        datasets["validation_file"] = _read(held, job, job.validation_file, param="validation_file")
-    _check_examples(held, job, datasets)
+    from uora.sizing import with_estimate  # loads torch, which takes seconds
+
+    base = _base(held, job)
+    reports = _describe(held, job, base)
+    _refuse_problems(reports)
     spec = resolve(
         HyperparameterRequest.model_validate(job.hyperparameters),
         adapter=parse_adapter(job.adapter),
         learning_rate=job.learning_rate,
         seed=job.seed,
-        n_examples=len(datasets["training_file"].rows),
+        n_examples=reports["training"].rows_usable,
         task=_task(job),
         options=_options(job),
     )
-    return Checked(spec=spec, report=describe_datasets(job, datasets))
+    return Checked(spec, reports | {"training": with_estimate(reports["training"], spec, base)})
 
 
-def describe_datasets(job: Job, datasets: Datasets) -> dict[str, Any] | None:  # noqa: ARG001 - for what comes here
-    """What the user is told about the files, as JSON: the place where ``job.dataset_report`` comes from.
+def _describe(held: Resources, job: Job, base: LocalModel) -> Reports:
+    with ExitStack() as opened:
+        training = opened.enter_context(_local_path(held, job, job.training_file, param="training_file"))
+        validation = None
+        if job.validation_file:
+            validation = opened.enter_context(_local_path(held, job, job.validation_file, param="validation_file"))
+        return describe_datasets(job, Files(base, training, validation))
 
-    None stores nothing and says nothing.
+
+def describe_datasets(job: Job, files: Files) -> Reports:
+    """What is in a job's files, as its base model takes them; problems of their content are in the reports.
+
+    Raises:
+        BaseModelError: the base model has no tokenizer or image processor for the task.
     """
-    return None
+    from uora.encoders import row_encoder  # loads torch, which takes seconds
+
+    options = _options(job)
+    encoder = row_encoder(_task(job), files.base)
+
+    def report(path: Path, *, training: Path | None = None) -> DatasetReport:
+        return build_report(
+            path,
+            _task(job),
+            encode=encoder.encode,
+            decode=encoder.decode,
+            max_length=encoder.max_length(options.max_length),
+            overlong=options.overlong,
+            training=training,
+        )
+
+    reports: Reports = {"training": report(files.training)}
+    if files.validation is not None:
+        reports["validation"] = report(files.validation, training=files.training)
+    return reports
+
+
+def _refuse_problems(reports: Reports) -> None:
+    for name, report in reports.items():
+        if report.problems:
+            first = report.problems[0]
+            error = DataError(first.message, location=first.location, code=first.code)
+            raise Refused(failures.describe(error, param=f"{name}_file"), reports)
 
 
 def _task(job: Job) -> Task:
@@ -118,42 +171,29 @@ def _options(job: Job) -> TrainingOptions:
     return TrainingOptions.model_validate(job.options)
 
 
-def _read(held: Resources, job: Job, file_id: str, *, param: str) -> Dataset[Row]:
+@contextmanager
+def _local_path(held: Resources, job: Job, file_id: str, *, param: str) -> Iterator[Path]:
     try:
         with held.sessions() as session:
             key = FileRepository(session, job.project_id).get(file_id).storage_key
-        with _refusing(param), held.storage.local_path(key) as path:
-            return read_file(path, _task(job))
+        opened = ExitStack()
+        path = opened.enter_context(held.storage.local_path(key))
     except (FileNotFound, FileNotFoundError) as error:
         logger.warning("job %s: %s", job.id, error)
         message = f"The file {file_id} is not there any more. Upload it again and create a new job."
         missing = Failure(kind=FailureKind.USER, code="file_not_found", message=message, param=param)
         raise Refused(missing) from error
+    with opened:
+        yield path
 
 
-def _check_examples(held: Resources, job: Job, datasets: Datasets) -> None:
-    """Make sure that every row fits the base model, with its own tokenizer and template."""
-    # Loads torch, which takes seconds: not before the files are known to be well-formed.
-    from uora.models import fetch
-    from uora.training.tasks import training_task
+def _base(held: Resources, job: Job) -> LocalModel:
+    from uora.models import fetch  # loads torch, which takes seconds
 
     source = held.settings.base_models.get(job.base_model)
     if source is None:
         raise BaseModelError(f"{job.base_model!r} is not among the base models of this process's settings.")
-    base = fetch(job.base_model, source, cache_dir=held.settings.cache_dir)
-    task = training_task(_task(job), base, datasets["training_file"], options=_options(job))
-    for param, dataset in datasets.items():
-        with _refusing(param):
-            task.examples(dataset)
-
-
-@contextmanager
-def _refusing(param: str) -> Iterator[None]:
-    """Name the file in errors of its content."""
-    try:
-        yield
-    except UoraError as error:
-        raise Refused(failures.describe(error, param=param)) from error
+    return fetch(job.base_model, source, cache_dir=held.settings.cache_dir)
 
 
 def _queue(held: Resources, job: Job, checked: Checked) -> None:
@@ -168,15 +208,15 @@ def _queue(held: Resources, job: Job, checked: Checked) -> None:
             target=JobStatus.PAUSED if pause else JobStatus.QUEUED,
             pause_requested=False,
             training_spec=checked.spec.model_dump(mode="json"),
-            dataset_report=checked.report,
+            dataset_report=_stored(checked.reports),
         )
         if moved:
             _announce_queued(work, job, checked, paused=bool(pause))
 
 
 def _announce_queued(work: UnitOfWork, job: Job, checked: Checked, *, paused: bool) -> None:
-    if checked.report is not None:
-        add_event(work.session, job.id, message="Files were read", data=checked.report)
+    for name, report in checked.reports.items():
+        add_event(work.session, job.id, message=_counts(name, report))
     if paused:
         add_event(work.session, job.id, message="Files validated; the job is paused")
         return
@@ -184,7 +224,23 @@ def _announce_queued(work: UnitOfWork, job: Job, checked: Checked, *, paused: bo
     work.ring(TaskName.TRAIN, job.id)
 
 
-def _fail(held: Resources, job: Job, failure: Failure) -> None:
+def _counts(name: str, report: DatasetReport) -> str:
+    leak = "" if report.leak is None else f", {report.leak} also in the training file"
+    return (
+        f"The {name} file has {report.rows_usable} rows of {report.tokens} tokens, {report.learned_tokens} of them "
+        f"learned; {report.rows_truncated} rows are cut, {report.rows_dropped} left out, "
+        f"{report.duplicates.count} duplicates{leak}"
+    )
+
+
+def _stored(reports: Reports | None) -> dict[str, Any] | None:
+    """Reports as ``job.dataset_report`` holds them."""
+    if reports is None:
+        return None
+    return {name: report.model_dump(mode="json") for name, report in reports.items()}
+
+
+def _fail(held: Resources, job: Job, failure: Failure, reports: Reports | None = None) -> None:
     with open_unit_of_work(held.sessions, held.queue) as work:
         moved = move_job(
             work.session,
@@ -192,6 +248,7 @@ def _fail(held: Resources, job: Job, failure: Failure) -> None:
             source=JobStatus.VALIDATING_FILES,
             target=JobStatus.FAILED,
             error=stored_error(failure),
+            dataset_report=_stored(reports),
             finished_at=now(),
             pause_requested=False,
         )

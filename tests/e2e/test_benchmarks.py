@@ -52,3 +52,10 @@ def test_starts_of_jobs() -> None:
     result = smoke("starting")  # which fails if one of its jobs does
     assert result.keys() == {"cold_seconds", "warm_seconds", "cores"}
     assert all(value > 0 for value in result.values())
+
+
+def test_costs_are_measured_and_foretold() -> None:
+    result = smoke("scaling")
+    assert result["measurements"] == 3
+    assert result["machine"]
+    assert min(result["median_error"], result["max_error"], result["memory_median_error"]) >= 0

@@ -149,6 +149,8 @@ def test_validate_for_encoders(tmp_path: Path, base_of: BaseOf) -> None:
     assert (report.task, report.labels, report.rows_truncated) == ("classification", {"x": 1, "y": 1}, 1)
     assert report.lengths is not None
     assert (report.tokens, report.lengths.max) == (5 + 64, 104)
+    assert report.estimate is not None
+    assert report.estimate.tokens == 10 * report.tokens  # two rows are learned in ten epochs
 
 
 def test_validate_images(tmp_path: Path, base_of: BaseOf) -> None:

@@ -13,6 +13,7 @@ from api.jobs.models import Job, JobStatus
 from api.projects.models import Project
 from api.queue import TaskName
 from tests.worker.support import BASE_MODEL, Service, chat_rows
+from uora.data import DatasetReport
 from uora.spec import TrainingOptions, TrainingSpec
 from worker import validation
 from worker.context import Resources
@@ -24,6 +25,10 @@ USER = {"role": "user", "content": "hello"}
 
 def line(*messages: dict[str, object]) -> bytes:
     return json.dumps({"messages": messages}).encode() + b"\n"
+
+
+TOO_LONG = line(USER, {"role": "assistant", "content": "x" * 3000})
+OTHER = line(USER, {"role": "assistant", "content": "good evening"})
 
 
 @pytest.fixture
@@ -55,10 +60,10 @@ def test_good_files_are_queued(service: Service, held: Resources) -> None:
     assert spec.total_steps(5) == 9
     assert (spec.adapter.r, spec.learning_rate, spec.seed) == (4, 0.01, 1)
     assert service.queue.sent == [(TaskName.TRAIN, job_id)]
-    assert service.messages(job_id) == [
-        f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
-        "Files validated, moving job to queued state",
-    ]
+    first, *counts, last = service.messages(job_id)
+    assert first == f"Validating training file: {job.training_file} and validation file: {job.validation_file}"
+    assert len(counts) == 2
+    assert last == "Files validated, moving job to queued state"
 
 
 def test_auto_is_resolved_from_the_rows(service: Service, held: Resources) -> None:
@@ -100,16 +105,50 @@ def test_a_pause_during_validation_is_remembered(service: Service, held: Resourc
     assert service.messages(job_id)[-1] == "Files validated; the job is paused"
 
 
-def test_what_is_found_in_the_files_is_stored_and_told(
-    service: Service, held: Resources, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report = {"training_file": {"rows": 4}}
-    monkeypatch.setattr(validation, "describe_datasets", lambda *_: report)
-    job_id = service.add_job(status=JobStatus.VALIDATING_FILES)
+def test_what_is_found_in_the_files_is_stored_and_told(service: Service, held: Resources) -> None:
+    rows = chat_rows(5) + chat_rows(1)
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, training=rows, validation=chat_rows(2) + OTHER)
     validate(held, job_id)
 
-    assert service.job(job_id).dataset_report == report
-    assert report in [event.data for event in service.events(job_id, "message")]
+    stored = service.job(job_id).dataset_report
+    assert stored is not None
+    training, validation = (DatasetReport.model_validate(stored[name]) for name in ("training", "validation"))
+    assert (training.rows_usable, training.duplicates.locations, training.leak) == (6, ("Line 6",), None)
+    assert 0 < training.learned_tokens < training.tokens
+    assert training.estimate is not None
+    assert training.estimate.tokens == training.tokens  # of one epoch
+    assert (validation.rows_usable, validation.leak) == (3, 2)
+    messages = service.messages(job_id)
+    assert (
+        f"The training file has 6 rows of {training.tokens} tokens, {training.learned_tokens} of them learned; 0 rows "
+        "are cut, 0 left out, 1 duplicates" in messages
+    )
+    assert any(message.endswith("0 duplicates, 2 also in the training file") for message in messages)
+
+
+def test_rows_that_are_too_long_are_left_out_where_the_job_says_so(service: Service, held: Resources) -> None:
+    options = TrainingOptions(overlong="drop").model_dump(mode="json")
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, training=GOOD + TOO_LONG, options=options)
+    validate(held, job_id)
+    job = service.job(job_id)
+    assert job.status == "queued"
+    assert job.dataset_report is not None
+    assert (job.dataset_report["training"]["rows_usable"], job.dataset_report["training"]["rows_dropped"]) == (4, 1)
+
+
+def test_all_problems_are_stored_on_the_failed_job(service: Service, held: Resources) -> None:
+    bad = GOOD + line(USER) + b"{\n" + TOO_LONG
+    job = refused(service, held, service.add_job(status=JobStatus.VALIDATING_FILES, training=bad, validation=bad))
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("no_assistant_message", "training_file")
+    assert job.dataset_report is not None
+    for name in ("training", "validation"):
+        problems = DatasetReport.model_validate(job.dataset_report[name]).problems
+        assert [(problem.location, problem.code) for problem in problems] == [
+            ("Line 5", "no_assistant_message"),
+            ("Line 6", "invalid_json"),
+            ("Line 7", "example_too_long"),
+        ]
 
 
 def test_a_repeated_message_changes_nothing(service: Service, held: Resources) -> None:
@@ -145,7 +184,7 @@ BAD_FILES = {
     "not UTF-8": (b'{"messages": "\xff"}\n', "Line 5", "invalid_encoding"),
     "no assistant": (line(USER), "Line 5", "no_assistant_message"),
     "unknown role": (line({"role": "robot", "content": "hi"}), "Line 5", "unknown_role"),
-    "too long": (line(USER, {"role": "assistant", "content": "x" * 3000}), "Line 5", "example_too_long"),
+    "too long": (TOO_LONG, "Line 5", "example_too_long"),
 }
 
 

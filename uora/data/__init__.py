@@ -5,7 +5,7 @@ Free of torch, so that a service can validate with it.
 
 from uora.data.completions import encode_completion, prompt_ids
 from uora.data.encoding import check_length, encode_rows
-from uora.data.fitting import Overlong, fit
+from uora.data.fitting import Overlong, fit, fit_length
 from uora.data.formats import (
     ChatMessage,
     ChatRow,
@@ -54,6 +54,7 @@ __all__ = [
     "encode_completion",
     "encode_rows",
     "fit",
+    "fit_length",
     "from_data_url",
     "open_image",
     "prompt_ids",

@@ -14,7 +14,8 @@ Overlong = Literal["error", "truncate", "drop"]
 def fit(example: Example, *, max_length: int, overlong: Overlong) -> Example | None:
     """The example with at most ``max_length`` tokens; None where it is left out.
 
-    A row that is cut before its first learned token would teach nothing and is left out too.
+    A row that is cut before its first learned token would teach nothing and is left out too; nothing comes before a
+    row's first token to predict it from.
 
     Raises:
         DataError: it is longer, and ``overlong`` is ``error`` (code ``example_too_long``).
@@ -25,7 +26,7 @@ def fit(example: Example, *, max_length: int, overlong: Overlong) -> Example | N
     if kept == len(example.input_ids):
         return example
     cut = Example(example.input_ids[:kept], example.labels[:kept])
-    return cut if any(label != IGNORED for label in cut.labels) else None
+    return cut if any(label != IGNORED for label in cut.labels[1:]) else None
 
 
 def fit_length(tokens: int, *, max_length: int, overlong: Overlong) -> int | None:

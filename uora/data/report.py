@@ -81,11 +81,13 @@ class Preview(_Frozen):
 
 
 class Estimate(_Frozen):
-    """What a training would take."""
+    """What a training would take: all tokens of all epochs, and memory above that of the base model at the peak."""
 
     tokens: int
     seconds: float | None
     memory_bytes: int | None
+    #: Where ``seconds`` and ``memory_bytes`` were measured; another machine takes other seconds.
+    machine: str | None = None
 
 
 class DatasetReport(_Frozen):

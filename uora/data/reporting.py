@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -49,13 +50,16 @@ def build_report(
         training: the training file, if this is the validation file beside it.
         n_previews: rows that are shown, the first usable ones; at most 3.
     """
-    tally = Tally(None if training is None else frozenset(map(content_digest, _rows(training, task))))
+    trained_on = None if training is None else _TrainingFile.read(training, task)
+    tally = Tally(None if trained_on is None else trained_on.digests)
     for found in scan_file(path, task):
         if isinstance(found, Problem):
             tally.add_problem(found)
             continue
         tally.add_row(found)
         try:
+            if trained_on is not None:
+                trained_on.check_label(found)
             trained = _add_encoded(tally, encode(found), max_length=max_length, overlong=overlong)
         except DataError as error:
             tally.add_problem(Problem(error.code, error.message, found.line, found.location), of_new_row=False)
@@ -75,8 +79,39 @@ def unreadable_report(path: Path, error: DataError) -> DatasetReport:
     return _finish(tally, path, None)
 
 
-def _rows(path: Path, task: Task) -> Iterator[Row]:
-    return (found for found in scan_file(path, task) if not isinstance(found, Problem))
+@dataclass(frozen=True)
+class _TrainingFile:
+    """What is remembered of the file that a validation file stands beside."""
+
+    digests: frozenset[bytes]
+    labels: Labels
+
+    @classmethod
+    def read(cls, path: Path, task: Task) -> _TrainingFile:
+        digests: set[bytes] = set()
+        labels: set[str] = set()
+        for found in scan_file(path, task):
+            if not isinstance(found, Problem):
+                digests.add(content_digest(found))
+                if (label := _label(found)) is not None:
+                    labels.add(label)
+        return cls(frozenset(digests), Labels(tuple(sorted(labels))))
+
+    def check_label(self, row: Row) -> None:
+        """Raises:
+        DataError: the row is of a class that nothing is trained on (code ``unknown_label``).
+        """
+        if (label := _label(row)) is not None:
+            self.labels.index(label)
+
+
+def _label(row: Row) -> str | None:
+    """A row's class, where it has one."""
+    match row:
+        case TextRow(label=str(label)) | ImageRow(label=label):
+            return label
+        case _:
+            return None
 
 
 def _add_encoded(

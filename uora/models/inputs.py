@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from uora.errors import DataError
 #: ``token_type_ids``.
 Features = dict[str, list[int]]
 Batch = dict[str, Tensor]
+_ANY_LENGTH = 1 << 62
 
 
 class ModelInputs(Protocol):
@@ -47,20 +48,33 @@ class TextInputs:
     pad_token: int
     with_segments: bool
 
-    def encode(self, text: str, text_pair: str | None = None) -> Features:
-        """The features of one row, with the special tokens that the tokenizer adds. Nothing is cut off.
+    def encode(self, text: str, text_pair: str | None = None, *, cut_to: int | None = None) -> Features:
+        """The features of one row, with the special tokens that the tokenizer adds.
+
+        Nothing is cut off, unless it is longer than ``cut_to`` tokens; the special tokens stay.
 
         Raises:
             DataError: it does not fit into the model (code ``example_too_long``), or has no tokens at all.
         """
         if text_pair is not None and not self._parts_pairs:
             text, text_pair = f"{text}\n{text_pair}", None
-        found = self.tokenizer(text, text_pair, return_token_type_ids=self.with_segments, return_attention_mask=True)
+        found = self.tokenizer(
+            text,
+            text_pair,
+            truncation=cut_to is not None,
+            max_length=cut_to,
+            return_token_type_ids=self.with_segments,
+            return_attention_mask=True,
+        )
         features: Features = dict(found)
         if not features["input_ids"]:
             raise DataError("the text has no tokens; expected words.", code="invalid_content")
         check_length(len(features["input_ids"]), max_tokens=self.max_tokens)
         return features
+
+    def of_any_length(self) -> TextInputs:
+        """The same without a limit, for who asks how long rows are."""
+        return replace(self, max_tokens=_ANY_LENGTH)
 
     @property
     def _parts_pairs(self) -> bool:

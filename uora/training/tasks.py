@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -15,20 +15,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from uora.data import (
-    IGNORED,
     ChatRow,
     CompletionRow,
     Dataset,
     Example,
     ImageRow,
     Labels,
+    Overlong,
     Row,
     Scale,
     TextRow,
-    check_length,
     encode_chat,
     encode_completion,
     encode_rows,
+    fit,
+    fit_length,
     template_sha256,
 )
 from uora.errors import DataError
@@ -62,6 +63,7 @@ from uora.training.passes import CausalPasses
 
 #: How one batch goes through a model: in pieces of bounded size.
 Splitter = Callable[[Batch], Iterator[Piece]]
+ExampleT = TypeVar("ExampleT")
 
 
 class TrainingTask(Protocol):
@@ -135,9 +137,9 @@ def training_task(
                 overlong=options.overlong,
             )
         case "classification":
-            return _Texts(load_text_inputs(base), ClassLoss(), _labels(training))
+            return _Texts(load_text_inputs(base), ClassLoss(), options, _labels(training))
         case "regression":
-            return _Texts(load_text_inputs(base), SquaredErrorLoss(scale := _scale(training)), scale=scale)
+            return _Texts(load_text_inputs(base), SquaredErrorLoss(scale := _scale(training)), options, scale=scale)
         case "image-classification":
             return _Images(load_image_inputs(base), _labels(training))
 
@@ -161,24 +163,18 @@ class _Causal:
 
     encode: Callable[[Row], Example]
     max_tokens: int
-    overlong: Literal["error", "truncate", "drop"] = "error"
+    overlong: Overlong = "error"
     chat_template_sha256: str | None = None
     loss: LearnedTokenLoss = field(default_factory=LearnedTokenLoss)
     labels: tuple[str, ...] = ()
     counts_tokens: bool = True
 
     def examples(self, dataset: Dataset[Row]) -> list[Example]:
-        examples = [example for example in encode_rows(dataset, self._example) if example is not None]
-        if not examples:
-            raise DataError(
-                f"Every row is longer than {self.max_tokens} tokens, so none is left. Raise max_length, or set "
-                "overlong to truncate.",
-                code="example_too_long",
-            )
-        return examples
+        encoded = encode_rows(dataset, self._example)
+        return _some([example for example in encoded if example is not None], self.max_tokens)
 
     def _example(self, row: Row) -> Example | None:
-        return _fit(self.encode(row), self.max_tokens, self.overlong)
+        return fit(self.encode(row), max_length=self.max_tokens, overlong=self.overlong)
 
     def length(self, example: Example) -> int:
         return len(example.input_ids)
@@ -196,14 +192,19 @@ class _Causal:
         pass
 
 
-def _fit(example: Example, max_tokens: int, overlong: Literal["error", "truncate", "drop"]) -> Example | None:
-    """The example as it is trained on; None for not at all."""
-    if overlong == "error":
-        check_length(len(example.input_ids), max_tokens=max_tokens)
-    if len(example.input_ids) <= max_tokens:
-        return example
-    cut = Example(example.input_ids[:max_tokens], example.labels[:max_tokens])
-    return cut if overlong == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
+def _some(examples: list[ExampleT], max_tokens: int) -> list[ExampleT]:
+    """The examples that are left.
+
+    Raises:
+        DataError: none is (code ``example_too_long``).
+    """
+    if not examples:
+        raise DataError(
+            f"Every row is longer than {max_tokens} tokens, so none is left. Raise max_length, or set overlong to "
+            "truncate.",
+            code="example_too_long",
+        )
+    return examples
 
 
 @dataclass(frozen=True)
@@ -218,17 +219,30 @@ class _Texts:
 
     inputs: TextInputs
     loss: ClassLoss | SquaredErrorLoss
+    options: TrainingOptions
     labels: tuple[str, ...] = ()
     scale: Scale | None = None
     chat_template_sha256: None = None
     counts_tokens: bool = True
 
     def examples(self, dataset: Dataset[Row]) -> list[_TextExample]:
-        return list(encode_rows(cast(Dataset[TextRow], dataset), self._example))
+        encoded = encode_rows(cast(Dataset[TextRow], dataset), self._example)
+        return _some([example for example in encoded if example is not None], self._max_tokens)
 
-    def _example(self, row: TextRow) -> _TextExample:
+    def _example(self, row: TextRow) -> _TextExample | None:
         target = Labels(self.labels).index(row.label) if isinstance(row.label, str) else row.label
-        return _TextExample(self.inputs.encode(row.text, row.text_pair), target)
+        features = self.inputs.of_any_length().encode(row.text, row.text_pair)
+        tokens = len(features["input_ids"])
+        kept = fit_length(tokens, max_length=self._max_tokens, overlong=self.options.overlong)
+        if kept is None:
+            return None
+        if kept < tokens:
+            features = self.inputs.encode(row.text, row.text_pair, cut_to=kept)
+        return _TextExample(features, target)
+
+    @property
+    def _max_tokens(self) -> int:
+        return min(self.inputs.max_tokens, self.options.max_length or self.inputs.max_tokens)
 
     def length(self, example: _TextExample) -> int:
         return len(example.features["input_ids"])

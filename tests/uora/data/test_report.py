@@ -178,6 +178,14 @@ def test_duplicates_and_leaks(tmp_path: Path) -> None:
     assert report_on(path).leak is None
 
 
+def test_a_class_that_is_not_in_the_training_file_is_a_problem(tmp_path: Path) -> None:
+    training = write_table(tmp_path / "training", labelled(("abc", "x"), ("de", "y")))
+    path = write_table(tmp_path / "validation", labelled(("f", "y"), ("g", "z")))
+    report = report_on(path, "classification", training=training)
+    assert [(problem.location, problem.code) for problem in report.problems] == [("Line 3", "unknown_label")]
+    assert (report.rows_read, report.rows_usable) == (2, 1)
+
+
 def test_an_answer_that_is_not_learned_is_another_row(tmp_path: Path) -> None:
     rows = [chat("a", "b", "c"), {"messages": [*chat("a", "b", weight=0)["messages"], chat("a", "c")["messages"][1]]}]
     assert report_on(write_lines(tmp_path / "upload", rows)).duplicates.count == 0

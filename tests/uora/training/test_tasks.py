@@ -15,11 +15,11 @@ from tests.tiny import make_tiny_bert, make_tiny_llama, make_tiny_vit
 from tests.uora.conftest import BaseOf
 from tests.uora.task_cases import CASES, TrainCase, Trained, run, spec_of
 from uora.artifact import loads
-from uora.data import IGNORED, Dataset, TextRow
+from uora.data import IGNORED, Dataset, Overlong, TextRow
 from uora.errors import DataError
 from uora.methods import load_artifact
 from uora.models import load_model
-from uora.spec import METHODS, MethodName
+from uora.spec import METHODS, MethodName, TrainingOptions
 from uora.svd import BaseWeights
 from uora.training import batches, trainer
 from uora.training.tasks import training_task
@@ -225,9 +225,20 @@ def test_rows_that_cannot_be_learned_name_their_line(base_of: BaseOf) -> None:
         task.examples(text_rows("a", "c"))
     assert (caught.value.code, caught.value.line) == ("unknown_label", 4)
     long = Dataset((TextRow("word " * 40, None, "a", 7),), "")
-    with pytest.raises(DataError, match="Line 7: the row has 162 tokens; the base model takes 64") as caught:
+    with pytest.raises(DataError, match="Line 7: the row has 162 tokens; at most 64 are taken") as caught:
         task.examples(long)
     assert caught.value.code == "example_too_long"
+
+
+@pytest.mark.parametrize(("overlong", "lengths"), [("truncate", [12, 6]), ("drop", [6])])
+def test_texts_that_are_too_long_are_cut_or_left_out(base_of: BaseOf, overlong: Overlong, lengths: list[int]) -> None:
+    rows = Dataset((TextRow("word " * 40, None, "a", 1), TextRow("word", None, "b", 2)), "d" * 64)
+    options = TrainingOptions(max_length=12, overlong=overlong)
+    task = training_task("classification", base_of(make_tiny_bert), rows, options=options)
+    whole, short = task.examples(rows) if overlong == "truncate" else (None, *task.examples(rows))
+    assert [task.length(example) for example in (whole, short) if example is not None] == lengths
+    if whole is not None:
+        assert whole.features["input_ids"][-1] == short.features["input_ids"][-1]  # the closing special token stays
 
 
 def test_a_damaged_image_names_its_line(trained: TrainCase) -> None:
