@@ -17,9 +17,11 @@ from transformers import Trainer, TrainingArguments
 
 from uora.models import Batch
 from uora.spec import TrainingSpec
+from uora.training.batches import Piece
 from uora.training.callbacks import LatestGradient
 from uora.training.memory import LatestBatch
-from uora.training.processes import local_rank, merged, own_rows
+from uora.training.processes import local_rank, merged, most, own_rows
+from uora.training.sharding import exchanging, is_sharded
 from uora.training.state import RngState, RunState, restore_model
 from uora.training.tasks import Splitter, TrainingTask
 
@@ -134,6 +136,17 @@ class PiecewiseTrainer(Trainer):
         self._gradient = gradient
         self._batch = batch
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """A sharded one has been put in its place."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """What accelerate does not wrap itself, for training."""
+        if training and is_sharded(model):
+            return exchanging(model, device=self.args.device)
+        return super()._wrap_model(model, training, dataloader)
+
     def create_accelerator_and_postprocess(self) -> None:
         """Without the search for garbage before a run, which lasts longer than a small run's step."""
         super().create_accelerator_and_postprocess()
@@ -153,6 +166,8 @@ class PiecewiseTrainer(Trainer):
         if self._elsewhere is not None:
             return self._elsewhere(inputs, count)
         *pieces, last = self._pieces(inputs)
+        if is_sharded(cast(PeftModel, self.model)):
+            self._accompany(model, last, passes=most(len(pieces)) - len(pieces))
         losses = []
         for piece in pieces:
             with self.accelerator.no_sync(model):  # processes may have different numbers of pieces
@@ -160,15 +175,28 @@ class PiecewiseTrainer(Trainer):
         losses.append(super().training_step(model, last, count))
         return torch.stack(losses).sum()
 
+    def _accompany(self, model: Any, piece: Piece, *, passes: int) -> None:
+        """Passes that weigh nothing, so that processes with more pieces get this one's part of the weights for them."""
+        with self._loss.unseen(), self.accelerator.no_sync(model):
+            for _ in range(passes):
+                super().training_step(model, piece, torch.tensor(torch.inf))
+
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Forward only. The meters of the loss function are read afterwards, so nothing is returned."""
         self._batch.note(inputs)
         own = own_rows(inputs)
-        if len(own["labels"]):
-            for piece in self._pieces(own):
-                super().prediction_step(model, piece, prediction_loss_only, ignore_keys)
+        pieces = list(self._pieces(own)) if len(own["labels"]) else []
+        is_shared = is_sharded(cast(PeftModel, self.model))
+        idle = most(len(pieces)) - len(pieces) if is_shared else 0  # asked before the passes, where all are
+        for piece in pieces:
+            super().prediction_step(model, piece, prediction_loss_only, ignore_keys)
+        if idle:
+            some = next(self._pieces({name: tensor[:1] for name, tensor in inputs.items()}))
+            with self._loss.unseen():  # as in `_accompany`
+                for _ in range(idle):
+                    super().prediction_step(model, some, prediction_loss_only, ignore_keys)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -140,12 +140,13 @@ class TaskLoss(ABC, Generic[MeterT]):
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Within the context, what is seen with gradients is not counted."""
-        counted, self.training = self.training, self._meter()
+        """Within the context, nothing that is seen is counted."""
+        counted = self.training, self.validation
+        self.training, self.validation = self._meter(), self._meter()
         try:
             yield
         finally:
-            self.training = counted
+            self.training, self.validation = counted
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The sum of losses over ``num_items_in_batch``, the `count` of the whole optimizer step.

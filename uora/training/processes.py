@@ -1,7 +1,7 @@
 """What the processes of one run tell each other; alone, a process tells itself.
 
-Under ``torchrun`` every process has the whole model and reads all rows in the same order; of each batch it takes every
-``world_size()``-th row.
+Under ``torchrun`` every process has the whole model, unless it is sharded (``uora.training.sharding``), and reads all
+rows in the same order; of each batch it takes every ``world_size()``-th row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ T = TypeVar("T")
 def local_rank() -> int:
     """This process's number on its machine: the device it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def launched() -> int:
+    """How many processes were started together; they may not have found each other yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_alone() -> bool:
@@ -44,6 +49,15 @@ def from_first(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers."""
+    if _is_alone():
+        return number
+    numbers = [number] * world_size()
+    distributed.all_gather_object(numbers, number)
+    return max(numbers)
 
 
 def merged(meter: MeterT) -> MeterT:

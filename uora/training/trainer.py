@@ -36,10 +36,11 @@ from uora.training.callbacks import (
     StateCallback,
     StopCallback,
 )
-from uora.training.loop import Elsewhere, PiecewiseTrainer, arguments, device
+from uora.training.loop import Arguments, Elsewhere, PiecewiseTrainer, arguments, device
 from uora.training.memory import LatestBatch, explained_memory_errors
 from uora.training.observer import TrainingObserver, TrainingResult, TrainingStopped
 from uora.training.processes import FirstProcessObserver
+from uora.training.sharding import check_processes, shard_base
 from uora.training.state import Json, Resumable, RunState
 from uora.training.tasks import Splitter, TrainingTask, training_task
 from uora.training.warm_start import start_from
@@ -64,6 +65,7 @@ def train(
     dtype: torch.dtype,
     resume: bytes | None = None,
     warm_start: Artifact | None = None,
+    shard: bool = False,
 ) -> TrainingResult:
     """Train an adapter with AdamW; the loss is that of what the task learns.
 
@@ -88,12 +90,13 @@ def train(
             An evaluation that was due at that step is made (again).
         warm_start: an adapter of the same base model, method, rank and modules to start from instead of the method's
             own start; None for that.
+        shard: hold a part of the base model in each process instead of all of it (``uora.training.sharding``).
 
     Raises:
         DataError: a row does not fit the model, its template or the task.
         BaseModelError: the base model is none for the task.
-        SpecError: the base model cannot be adapted as asked, an option needs a validation set, or the adapter to start
-            from is another one.
+        SpecError: the base model cannot be adapted as asked, an option needs a validation set, the adapter to start
+            from is another one, or ``shard`` is asked of one process or of a base model that cannot be sharded.
         StateError: the state to resume is of another run.
         TrainingStopped: the observer wanted to stop; it has been given the state.
         OutOfMemory: there is not enough memory.
@@ -105,13 +108,16 @@ def train(
             f"{param} compares losses on a validation set, found none. Give a validation file or leave {param} out.",
             param=param,
         )
+    if shard:
+        check_processes()
+    place = torch.device("cpu") if shard else device()  # whole, it may not fit where it is trained
     batch = LatestBatch()
     with explained_memory_errors(batch):
         run = prepare(
-            spec, base=base, load=partial(load, spec, base=base, dtype=dtype), training=training,
+            spec, base=base, load=partial(load, spec, base=base, dtype=dtype, place=place), training=training,
             validation=validation, cache_dir=cache_dir, resume=resume, warm_start=warm_start,
         )  # fmt: skip
-    return train_run(run, FirstProcessObserver(observer), batch)
+    return train_run(run, FirstProcessObserver(observer), batch, shard=shard)
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,11 @@ class Loaded:
     pieces: Splitter
 
 
-def load(spec: TrainingSpec, task: TrainingTask, *, base: LocalModel, dtype: torch.dtype) -> Loaded:
-    """The base model for a run of its own."""
-    model = load_model(base, dtype=dtype, device=device(), task=spec.task, labels=task.labels, seed=spec.seed)
+def load(
+    spec: TrainingSpec, task: TrainingTask, *, base: LocalModel, dtype: torch.dtype, place: torch.device
+) -> Loaded:
+    """The base model for a run of its own, whole in one place."""
+    model = load_model(base, dtype=dtype, device=place, task=spec.task, labels=task.labels, seed=spec.seed)
     return Loaded(model, task.splitter(model, packing=spec.options.packing))
 
 
@@ -271,7 +279,12 @@ class _Parts:
 
 
 def train_run(
-    run: Run, observer: TrainingObserver, batch: LatestBatch, *, elsewhere: Elsewhere | None = None
+    run: Run,
+    observer: TrainingObserver,
+    batch: LatestBatch,
+    *,
+    elsewhere: Elsewhere | None = None,
+    shard: bool = False,
 ) -> TrainingResult:
     """Run it to its end; raises as `train`.
 
@@ -280,9 +293,14 @@ def train_run(
         observer: told of every step, evaluation and state.
         batch: noted there for errors of memory.
         elsewhere: who makes its forward and backward passes; None for the run itself.
+        shard: share the base model out among the processes.
     """
     parts = _Parts.of(run, observer)
-    trainer = _trainer(run, parts, batch, elsewhere)
+    args = _arguments(run)
+    if shard:
+        with explained_memory_errors(batch):
+            shard_base(run.model, device=args.device)
+    trainer = _trainer(run, parts, batch, elsewhere, args)
     observer.on_start(run.total_steps)
     parts.stop.check()
     try:
@@ -304,18 +322,24 @@ def train_run(
     )
 
 
-def _trainer(run: Run, parts: _Parts, batch: LatestBatch, elsewhere: Elsewhere | None) -> PiecewiseTrainer:
+def _arguments(run: Run) -> Arguments:
+    return arguments(
+        run.spec,
+        counts_tokens=run.task.counts_tokens,
+        recompute_activations=_recomputes_activations(run),
+        begin_with_evaluation=run.resume is not None and run.resume.step in run.evaluation_steps,
+    )
+
+
+def _trainer(
+    run: Run, parts: _Parts, batch: LatestBatch, elsewhere: Elsewhere | None, args: Arguments
+) -> PiecewiseTrainer:
     spec = run.spec
     default_rate = HEAD_LEARNING_RATE * spec.hyperparameters.learning_rate_multiplier
     trainer = PiecewiseTrainer(
         model=run.model,
         task=run.task,
-        args=arguments(
-            spec,
-            counts_tokens=run.task.counts_tokens,
-            recompute_activations=_recomputes_activations(run),
-            begin_with_evaluation=run.resume is not None and run.resume.step in run.evaluation_steps,
-        ),
+        args=args,
         pieces=run.pieces,
         elsewhere=elsewhere,
         head_learning_rate=spec.options.head_learning_rate or default_rate,

@@ -1,8 +1,8 @@
 """A run of several processes: ``python -m torch.distributed.run ... -m tests.uora.training.distributed_run FOLDER``.
 
 The folder has a tiny base model in ``base``, ``spec.json``, the name of a ``case``, after how many questions to stop in
-``stop_after`` and maybe a state in ``resume``. Each process writes what its observer was told, its last state and its
-adapter to files of its own.
+``stop_after``, maybe a state in ``resume``, and maybe how many tokens go through the model at once in ``shard``, for a
+sharded run. Each process writes what its observer was told, its last state and its adapter to files of its own.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 
 from tests.uora.task_cases import CASES, Recorder
 from uora.data import Dataset
 from uora.models import fetch
 from uora.spec import TrainingSpec
-from uora.training import TrainingStopped, train
+from uora.training import TrainingStopped, train, trainer
+from uora.training.batches import MAX_TOKENS_AT_ONCE
 
 #: With batches of 4, the last one of an epoch has a row for the first process alone.
 N_ROWS = 17
@@ -31,20 +34,26 @@ def main(folder: Path) -> None:
     rank = os.environ["RANK"]
     stop_after = int((folder / "stop_after").read_text())
     resume = folder / "resume"
+    shard = folder / "shard"
+    if shard.exists():
+        MAX_TOKENS_AT_ONCE["cpu"] = int(shard.read_text())
     data = Dataset(case.rows[:N_ROWS], "d" * 64)
     recorder = Recorder(stop_after=stop_after if rank == "0" else None)
     stopped = False
     try:
-        result = train(
-            TrainingSpec.model_validate_json((folder / "spec.json").read_text()),
-            base=fetch("tiny", f"path:{folder / 'base'}", cache_dir=folder / f"cache-{rank}"),
-            training=data,
-            validation=data,
-            observer=recorder,
-            cache_dir=None,
-            dtype=torch.float32,
-            resume=resume.read_bytes() if resume.exists() else None,
-        )
+        with patch.object(trainer, "train_run", wraps=trainer.train_run) as train_run:
+            result = train(
+                TrainingSpec.model_validate_json((folder / "spec.json").read_text()),
+                base=fetch("tiny", f"path:{folder / 'base'}", cache_dir=folder / f"cache-{rank}"),
+                training=data,
+                validation=data,
+                observer=recorder,
+                cache_dir=None,
+                dtype=torch.float32,
+                resume=resume.read_bytes() if resume.exists() else None,
+                shard=shard.exists(),
+            )
+        (folder / f"frozen-{rank}").write_text(str(frozen_bytes(train_run.call_args.args[0].model)))
         (folder / f"artifact-{rank}").write_bytes(result.artifact)
     except TrainingStopped:
         stopped = True
@@ -59,6 +68,13 @@ def main(folder: Path) -> None:
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     distributed.barrier()  # none leaves while another still talks to it
     distributed.destroy_process_group()
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """What this process holds of the weights that are not trained."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    held = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in frozen]
+    return sum(weight.untyped_storage().nbytes() for weight in held)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tiny import make_tiny_bert, make_tiny_llama
 from tests.uora.conftest import BaseOf
-from tests.uora.task_cases import CASES, Trained
+from tests.uora.task_cases import CASES, Recorder, Trained
 from tests.uora.task_cases import run as run_case
 from tests.uora.training.conftest import make_spec
 from tests.uora.training.distributed_run import N_ROWS
 from uora.artifact import loads
+from uora.errors import SpecError
+from uora.models import LocalModel, load_model
 from uora.spec import TrainingSpec
+from uora.training import train
 
 
 def make_still_bert(directory: Path) -> Path:
@@ -80,8 +84,55 @@ def test_two_processes_train_what_one_would(
         assert metrics == pytest.approx(evaluation.metrics, rel=1e-3)
 
 
-def test_the_first_process_stops_both_and_both_go_on(base_of: BaseOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "make_base", "recompute"),
+    [("chat", make_tiny_llama, False), ("chat", make_tiny_llama, True), ("regression", make_still_bert, False)],
+)
+def test_two_processes_with_halves_of_the_base_model_train_what_one_would(
+    base_of: BaseOf, tmp_path: Path, case: str, make_base: Callable[[Path], Path], recompute: bool
+) -> None:
+    changes = {"tau_quantile": 0.2, "reinit_interval": 1, "count_k": 2, "gradient_checkpointing": recompute}
+    spec = make_spec(r=4, batch_size=4, gradient_accumulation_steps=2, n_epochs=2, **changes)
+    spec = spec.model_copy(update={"task": CASES[case].task})
+    one = alone(spec, case, base_of, make_base)
+    prepare(tmp_path, spec, case, make_base, stop_after=10**6)
+    (tmp_path / "shard").write_text("24")  # tokens at once: the processes have different numbers of pieces
+
+    first, _ = launch(tmp_path)
+
+    assert (tmp_path / "artifact-0").read_bytes() == (tmp_path / "artifact-1").read_bytes()
+    assert_close((tmp_path / "artifact-0").read_bytes(), one)
+    for step, reference in zip(first["steps"], one.recorder.steps, strict=True):
+        assert step[:2] == pytest.approx([reference.train_loss, reference.gradient_norm], rel=1e-3)
+        assert step[2:] == [reference.hits, reference.trained_tokens]
+    for metrics, evaluation in zip(first["evaluations"], one.recorder.evaluations, strict=True):
+        assert metrics == pytest.approx(evaluation.metrics, rel=1e-3)
+    whole = load_model(one.base, dtype=torch.float32, device="cpu", task=spec.task)
+    frozen = sum(weight.nbytes for weight in whole.parameters() if not weight.requires_grad)
+    for rank in range(2):
+        assert int((tmp_path / f"frozen-{rank}").read_text()) == pytest.approx(frozen / 2, rel=0.05)
+
+
+def test_a_process_alone_shards_nothing(tiny_base: LocalModel) -> None:
+    data = CASES["chat"].dataset
+    with pytest.raises(SpecError, match=r"found one process.*torchrun"):
+        train(
+            make_spec(),
+            base=tiny_base,
+            training=data,
+            validation=None,
+            observer=Recorder(),
+            cache_dir=None,
+            dtype=torch.float32,
+            shard=True,
+        )
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_first_process_stops_both_and_both_go_on(base_of: BaseOf, tmp_path: Path, shard: bool) -> None:
     spec = make_spec(r=4, batch_size=4, n_epochs=2)
+    if shard:
+        (tmp_path / "shard").write_text("1024")
     prepare(tmp_path, spec, "chat", make_tiny_llama, stop_after=7)  # before the run, after five steps, in an evaluation
     first, second = launch(tmp_path)
     assert (first["stopped"], second["stopped"]) == (True, True)
@@ -89,6 +140,7 @@ def test_the_first_process_stops_both_and_both_go_on(base_of: BaseOf, tmp_path: 
 
     (tmp_path / "state-0").rename(tmp_path / "resume")
     (tmp_path / "stop_after").write_text(str(10**6))
+    (tmp_path / "shard").unlink(missing_ok=True)  # a state is whole, whoever made it
     again, _ = launch(tmp_path)
 
     one = alone(spec, "chat", base_of, make_tiny_llama)
