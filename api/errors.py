@@ -15,6 +15,7 @@ ApiError 500 internal_error
   │     ├── FileNotFound
   │     ├── JobNotFound
   │     ├── CheckpointNotFound
+  │     ├── SweepNotFound
   │     └── ModelNotFound
   ├── Conflict 409
   │     └── FileInUse               an unfinished job needs the file
