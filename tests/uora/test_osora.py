@@ -205,15 +205,16 @@ def test_mixed_batch_is_row_by_row(toy: str, dtype: torch.dtype) -> None:
     rows = [0, 1, 2, 0, 1]
     names = ["two", "default", "__base__", "three", "two"]
     mixed = output(model, x[rows], adapter_names=names)
-    for row, (index, name) in enumerate(zip(rows, names, strict=True)):
-        one = x[index : index + 1]
-        with model.disable_adapter():
-            untouched = output(model, one)
+    # Against the same batch with one adapter for all rows: with one row, the base model's own products are rounded
+    # otherwise on some processors, by as much as an adapter of one layer changes in its last digits.
+    with model.disable_adapter():
+        untouched = output(model, x[rows])
+    for row, name in enumerate(names):
         if name == "__base__":
-            torch.testing.assert_close(mixed[row : row + 1], untouched)
+            torch.testing.assert_close(mixed[row], untouched[row])
         else:
             model.set_adapter(name)
-            assert error(mixed[row : row + 1], output(model, one), untouched) < ROUNDING[dtype]
+            assert error(mixed[row], output(model, x[rows])[row], untouched[row]) < ROUNDING[dtype]
 
 
 def test_second_adapter_delete_and_deepcopy() -> None:

@@ -199,7 +199,10 @@ def test_a_job_from_its_first_message_to_its_model(processes: Processes) -> None
         for event in service.events(job_id, "metrics")
         if event.data and "learning_rate" in event.data
     ] == [*range(1, 9)]
-    assert service.messages(job_id) == [
+    validating, training, validation, *rest = service.messages(job_id)
+    assert training.startswith("The training file has 8 rows")
+    assert validation.startswith("The validation file has 4 rows")
+    assert [validating, *rest] == [
         f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
