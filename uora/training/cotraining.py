@@ -189,14 +189,12 @@ class _JointPasses:
             logits = lead(
                 **inputs, packed=packed, logits_to_keep=predicting_positions(labels), use_cache=False
             ).logits.reshape(-1, lead.config.get_text_config().vocab_size)
-        losses: dict[int, Tensor] = {}
-        start = 0
-        for number, (_, place) in zip(parts, packed.slices(), strict=True):
-            own = labels[:, place]
-            stop = start + int(predicting_positions(own).sum())
-            losses[number] = batches[number].loss(
-                SimpleNamespace(logits=logits[start:stop]), own, batches[number].count
-            )
-            start = stop
+        own_labels = [labels[:, place] for _, place in packed.slices()]
+        # Split, not sliced: autograd would make zeros of the size of all logits for every slice.
+        own_logits = logits.split([int(predicting_positions(own).sum()) for own in own_labels])
+        losses = {
+            number: batches[number].loss(SimpleNamespace(logits=own), labels, batches[number].count)
+            for number, own, labels in zip(parts, own_logits, own_labels, strict=True)
+        }
         torch.autograd.backward(list(losses.values()))
         return {number: loss.detach() for number, loss in losses.items()}

@@ -251,6 +251,10 @@ class PiecewiseTrainer(Trainer):
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += int(inputs["attention_mask"].sum())
 
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: nobody reads it, and transformers goes through all parameters for it at every step."""
+        return 0
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm for the callbacks."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]

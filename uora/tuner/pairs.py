@@ -170,7 +170,7 @@ class _AddMixed(Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor) -> Tensor:
         ctx.save_for_backward(z, rows, d, b, owners)
-        base.addcmul_((z * d.to(z.dtype)[owners]) @ rows, b.to(z.dtype)[owners])
+        base.addcmul_((z * d.to(z.dtype).index_select(0, owners)) @ rows, b.to(z.dtype).index_select(0, owners))
         ctx.mark_dirty(base)
         return base
 
@@ -178,8 +178,8 @@ class _AddMixed(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, rows, d, b, owners = ctx.saved_tensors
-        own_d = d.to(z.dtype)[owners]
-        of_scaled = (gradient * b.to(z.dtype)[owners]) @ rows.T
+        own_d = d.to(z.dtype).index_select(0, owners)
+        of_scaled = (gradient * b.to(z.dtype).index_select(0, owners)) @ rows.T
         of_b = _sums(((z * own_d) @ rows).mul_(gradient), owners, like=b)
         return gradient, of_scaled * own_d, None, _sums(of_scaled * z, owners, like=d), of_b, None
 
