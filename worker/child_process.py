@@ -122,6 +122,8 @@ class ChildProcess:
 
     def stop(self, grace: timedelta) -> None:
         """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""
+        if self._stdin.closed:
+            return  # stopped before, and its number may be another process's by now
         if self.is_alive:
             self._signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):

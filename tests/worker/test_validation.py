@@ -14,7 +14,7 @@ from api.projects.models import Project
 from api.queue import TaskName
 from tests.worker.support import BASE_MODEL, Service, chat_rows
 from uora.data import DatasetReport
-from uora.spec import TrainingOptions, TrainingSpec
+from uora.spec import LoraSpec, TrainingOptions, TrainingSpec, UoraSpec
 from worker import validation
 from worker.context import Resources
 from worker.validation import validate
@@ -64,6 +64,31 @@ def test_good_files_are_queued(service: Service, held: Resources) -> None:
     assert first == f"Validating training file: {job.training_file} and validation file: {job.validation_file}"
     assert len(counts) == 2
     assert last == "Files validated, moving job to queued state"
+
+
+def test_jobs_of_one_shape_have_one_key(service: Service, held: Resources) -> None:
+    settings = service.resources(
+        base_models={**held.settings.base_models, "tiny too": held.settings.base_models["tiny"]}
+    )
+    lora = LoraSpec(r=4).model_dump(mode="json")
+    same, paused, rank, base, alone = (
+        service.add_job(status=JobStatus.VALIDATING_FILES, **values)
+        for values in (
+            {"n_epochs": 3},
+            {"pause_requested": True},
+            {"adapter": UoraSpec(r=8).model_dump(mode="json")},
+            {"base_model": "tiny too"},
+            {"adapter": lora},
+        )
+    )
+    for job_id in (same, paused, rank, base, alone):
+        validate(settings, job_id)
+
+    keys = {job_id: service.job(job_id).cotraining_key for job_id in (same, paused, rank, base, alone)}
+    assert keys[same] == keys[paused]
+    assert len({keys[same], keys[rank], keys[base]}) == 3
+    assert keys[same] is not None
+    assert keys[alone] is None
 
 
 def test_auto_is_resolved_from_the_rows(service: Service, held: Resources) -> None:

@@ -137,9 +137,7 @@ class _Batch:
 _Strand = Strand[_Batch, Tensor, TrainingResult]
 
 
-def _train(
-    runs: Mapping[int, Run], observers: Sequence[TrainingObserver], packer: Packer, ended: EndCallback
-) -> None:
+def _train(runs: Mapping[int, Run], observers: Sequence[TrainingObserver], packer: Packer, ended: EndCallback) -> None:
     strands = {number: _strand(run, observers[number]) for number, run in runs.items()}
     passes = _JointPasses(JointModel({number: run.model for number, run in runs.items()}), packer)
     said = {number: strand.begin() for number, strand in strands.items()}
