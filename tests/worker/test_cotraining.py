@@ -293,6 +293,17 @@ class TestScripted:
             train(held, job_ids[0])
             assert statuses(service, *job_ids) == ["failed", "queued"]
 
+    def test_the_child_is_told_which_one_is_cancelled(self, service: Service, say: Any) -> None:
+        say(
+            "say(type='started', run=0, total_steps=1); stop = json.loads(sys.stdin.readline())['stop']\n"
+            "say(type='stopped', run=1 - stop); time.sleep(60)"
+        )
+        cancelled, other = short_job(service), short_job(service)
+        with training(worker_of(service), cancelled):
+            wait_until(lambda: service.messages(cancelled), what="its start", seconds=5)
+            service.update(cancelled, cancel_requested=True)
+        assert statuses(service, cancelled, other) == ["cancelled", "queued"]
+
     def test_one_that_does_not_stop_is_not_waited_for(self, service: Service, say: Any) -> None:
         say("say(type='started', run=0, total_steps=1); time.sleep(60)")
         held = worker_of(service, pause_grace=timedelta(seconds=0.5), stop_grace=timedelta(seconds=0.2))
