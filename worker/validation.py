@@ -217,17 +217,25 @@ def _queue(held: Resources, job: Job, checked: Checked) -> None:
             target=JobStatus.PAUSED if pause else JobStatus.QUEUED,
             pause_requested=False,
             training_spec=checked.spec.model_dump(mode="json"),
-            cotraining_key=_cotraining_key(job.base_model, checked.spec),
+            cotraining_key=_cotraining_key(job.base_model, checked),
             dataset_report=_stored(checked.reports),
         )
         if moved:
             _announce_queued(work, job, checked, paused=bool(pause))
 
 
-def _cotraining_key(base_model: str, spec: TrainingSpec) -> str | None:
-    """``job.cotraining_key``: `uora.spec.cotraining_key` among the jobs of all base models."""
-    key = cotraining_key(spec)
-    return None if key is None else hashlib.sha256(f"{base_model}\n{key}".encode()).hexdigest()
+def _cotraining_key(base_model: str, checked: Checked) -> str | None:
+    """``job.cotraining_key``: `uora.spec.cotraining_key` among the jobs of all base models.
+
+    None also for rows so long that a run by itself keeps no activations: passes that runs share keep them.
+    """
+    from uora.training.trainer import MAX_KEPT_ROW_TOKENS  # loads torch, which takes seconds
+
+    key = cotraining_key(checked.spec)
+    longest = max(report.lengths.max if report.lengths else 0 for report in checked.reports.values())
+    if key is None or (checked.spec.options.gradient_checkpointing == "auto" and longest > MAX_KEPT_ROW_TOKENS):
+        return None
+    return hashlib.sha256(f"{base_model}\n{key}".encode()).hexdigest()
 
 
 def _announce_queued(work: UnitOfWork, job: Job, checked: Checked, *, paused: bool) -> None:

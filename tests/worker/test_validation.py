@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -89,6 +90,18 @@ def test_jobs_of_one_shape_have_one_key(service: Service, held: Resources) -> No
     assert len({keys[same], keys[rank], keys[base]}) == 3
     assert keys[same] is not None
     assert keys[alone] is None
+
+
+@pytest.mark.parametrize(("checkpointing", "alone"), [("auto", True), (False, False)])
+def test_long_rows_whose_activations_are_not_kept_have_no_key(
+    service: Service, held: Resources, monkeypatch: pytest.MonkeyPatch, checkpointing: Any, alone: bool
+) -> None:
+    monkeypatch.setattr("uora.training.trainer.MAX_KEPT_ROW_TOKENS", 10)
+    options = TrainingOptions(gradient_checkpointing=checkpointing)
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, training_options=options)
+    validate(held, job_id)
+
+    assert (service.job(job_id).cotraining_key is None) == alone
 
 
 def test_auto_is_resolved_from_the_rows(service: Service, held: Resources) -> None:
