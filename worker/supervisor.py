@@ -44,9 +44,9 @@ class CancelRequested:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The run stopped before its end: for a pause, because this worker leaves, or with the child that others shared."""
+    """The run stopped before its end, for a pause, because this worker leaves, or by what may be another run's doing."""
 
-    #: Whether it must be trained by itself: what ended it may be another's doing, or its own to others.
+    #: Whether it goes on by itself: of several runs of a process, nobody can say which one brought it down.
     alone: bool = False
 
 
