@@ -175,7 +175,8 @@ def _run(request: ChildRequest, observers: Sequence[ReportingObserver]) -> None:
     try:
         read = {number: _read(run, observers[number]) for number, run in enumerate(request.runs)}
         members = {number: member for number, member in read.items() if member is not None}
-        _train(request, members, ended=lambda number, outcome: _report(observers[number], outcome))
+        if members:
+            _train(request, members, ended=lambda number, outcome: _report(observers[number], outcome))
     except Exception as error:
         logger.exception("training failed")
         for observer in observers:

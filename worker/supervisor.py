@@ -44,7 +44,7 @@ class CancelRequested:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The run stopped before its end, for a pause, because this worker leaves, or by what may be another run's doing."""
+    """The run stopped before its end: for a pause, because this worker leaves, or by what may be another's doing."""
 
     #: Whether it goes on by itself: of several runs of a process, nobody can say which one brought it down.
     alone: bool = False
