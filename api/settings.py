@@ -62,6 +62,9 @@ class Settings(DatabaseSettings):
     #: Whether a trainer that has had a job keeps a process for the next one, with torch and transformers imported: it
     #: begins seconds earlier, for some 400 MB of memory meanwhile.
     spare_trainer: bool = True
+    #: Jobs that a trainer takes at once where they can share their passes (``uora.spec.cotraining_key``); 1 trains each
+    #: by itself.
+    cotrain_jobs: int = Field(default=8, ge=1)
 
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
     #: Every other request body.

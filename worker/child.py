@@ -1,9 +1,9 @@
-"""One training run in a process of its own: ``python -m worker.child``, started by ``worker.supervisor``.
+"""Training runs on one base model in a process: ``python -m worker.child``, started by ``worker.supervisor``.
 
 A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here.
 The request comes as the first line on stdin, which may be long after the start: what takes seconds to import is
-imported meanwhile. That stdin stays open means that the parent is alive. Reports leave on a private copy of stdout; the
-real one leads to stderr, so that no library's print can get between them.
+imported meanwhile. Later lines stop single runs; that stdin stays open means that the parent is alive. Reports leave on
+a private copy of stdout; the real one leads to stderr, so that no library's print can get between them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from uora.artifact import loads
 from worker import failures
-from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stopped
+from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Run, Started, State, Step, Stop, Stopped
 
 if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
-    from uora.data import Dataset, Row
     from uora.training import Evaluation, StepMetrics, TrainingResult
+    from uora.training.cotraining import EndCallback, Member
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +36,35 @@ logger = logging.getLogger(__name__)
 class ReportingObserver:
     """``uora.training.TrainingObserver`` that writes a line per report, artifacts and states into the work folder."""
 
-    def __init__(self, request: ChildRequest, stream: TextIO) -> None:
-        self._request = request
+    def __init__(self, number: int, work_dir: Path, stream: TextIO) -> None:
+        """For the run of this ``number`` in the request."""
+        self._number = number
+        self._work_dir = work_dir
         self._stream = stream
         self._total_steps: int | None = None
         self._states = 0
         self._stopped = False
+        #: Whether nothing more is to be reported.
+        self.has_ended = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a state to keep when it is stopped."""
+        return self._total_steps is not None
 
     def on_start(self, total_steps: int) -> None:
         """Report the beginning."""
         self._total_steps = total_steps
-        self._send(Started(total_steps=total_steps))
+        self._send(Started(run=self._number, total_steps=total_steps))
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Report a step."""
-        self._send(Step(**asdict(metrics)))
+        self._send(Step(run=self._number, **asdict(metrics)))
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Store the adapter as it is now and report it."""
         file = self._store(f"step-{evaluation.step}.safetensors", evaluation.artifact)
-        self._send(Evaluated(step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
+        self._send(Evaluated(run=self._number, step=evaluation.step, metrics=dict(evaluation.metrics), file=file))
 
     def on_state(self, step: int, state: bytes) -> None:
         """Store what the run can go on from, and report it once it is whole.
@@ -62,16 +72,17 @@ class ReportingObserver:
         Each in a file of its own, which the parent removes: a stop may give the state of one step twice.
         """
         self._states += 1
-        self._send(State(step=step, file=self._store(f"{self._states}.state", state)))
+        self._send(State(run=self._number, step=step, file=self._store(f"{self._states}.state", state)))
 
     def on_stopped(self) -> None:
         """Report that the run stopped as it was asked to."""
-        self._send(Stopped())
+        self._end(Stopped(run=self._number))
 
     def on_done(self, result: TrainingResult) -> None:
         """Store the final adapter and report it."""
-        self._send(
+        self._end(
             Done(
+                run=self._number,
                 file=self._store("final.safetensors", result.artifact),
                 trained_tokens=result.trained_tokens,
                 steps=result.steps,
@@ -83,21 +94,23 @@ class ReportingObserver:
 
     def on_error(self, error: Exception, *, param: str | None) -> None:
         """Report why there will be no adapter."""
-        self._send(Failed(failure=failures.describe(error, param=param)))
+        self._end(Failed(run=self._number, failure=failures.describe(error, param=param)))
 
     def should_stop(self) -> bool:
-        """Whether SIGTERM has arrived."""
+        """Whether `stop` was called."""
         return self._stopped
 
-    def stop(self, _signal: int, _frame: object) -> None:
-        """Handle SIGTERM: let the step end and its state be written; unwind at once where no step was begun."""
+    def stop(self) -> None:
+        """Let the step end and its state be written."""
         self._stopped = True
-        if self._total_steps is None:
-            raise SystemExit(128 + signal.SIGTERM)
 
     def _store(self, file: str, content: bytes) -> str:
-        (self._request.work_dir / file).write_bytes(content)
+        (self._work_dir / file).write_bytes(content)
         return file
+
+    def _end(self, report: Report) -> None:
+        self.has_ended = True
+        self._send(report)
 
     def _send(self, report: Report) -> None:
         self._stream.write(report.model_dump_json() + "\n")
@@ -105,24 +118,47 @@ class ReportingObserver:
 
 
 def main() -> int:
-    """Read the request, train, report. Returns the exit status: 0 when a result, a stop or an error was reported."""
+    """Read the request, train, report. Returns the exit status: 0 when every run's end was reported."""
     stream = _take_stdout()
     # In a thread, so that a parent that leaves is noticed at once.
     imports = threading.Thread(target=_import, daemon=True)
     imports.start()
-    line = sys.stdin.buffer.readline()
-    if not line:
+    lines = _lines()
+    line = next(lines, None)
+    if line is None:
         return 1
     request = ChildRequest.model_validate_json(line)
     os.chdir(request.work_dir)
-    watch = threading.Thread(target=_leave_with_parent, args=(request.work_dir,), daemon=True)
-    watch.start()
+    observers = [ReportingObserver(number, run.work_dir, stream) for number, run in enumerate(request.runs)]
+    threading.Thread(target=_obey, args=(lines, observers, request.work_dir), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    observer = ReportingObserver(request, stream)
-    signal.signal(signal.SIGTERM, observer.stop)
+    signal.signal(signal.SIGTERM, lambda *_: _stop_all(observers))
     imports.join()
-    _run(request, observer)
+    _run(request, observers)
     return 0
+
+
+def _lines() -> Iterator[bytes]:
+    """Lines on stdin, as they come."""
+    # os.read, not sys.stdin: the interpreter cannot shut down while a thread is inside a buffered reader.
+    rest = b""
+    while chunk := os.read(0, 65536):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _obey(lines: Iterable[bytes], observers: Sequence[ReportingObserver], work_dir: Path) -> None:
+    for line in lines:
+        observers[Stop.model_validate_json(line).stop].stop()
+    _leave_with_parent(work_dir)
+
+
+def _stop_all(observers: Iterable[ReportingObserver]) -> None:
+    """Handle SIGTERM: let every run end its step; unwind at once where none has begun one."""
+    for observer in observers:
+        observer.stop()
+    if not any(observer.has_begun for observer in observers):
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _import() -> None:
@@ -132,56 +168,115 @@ def _import() -> None:
         # peft imports bitsandbytes, which asks CUDA for its devices.
         asks_cuda = find_spec("bitsandbytes") is not None and torch.backends.cuda.is_built()
         import_module("uora.data")
-        import_module("transformers.modeling_utils" if asks_cuda else "uora.training")
+        import_module("transformers.modeling_utils" if asks_cuda else "uora.training.cotraining")
 
 
-def _run(request: ChildRequest, observer: ReportingObserver) -> None:
+def _run(request: ChildRequest, observers: Sequence[ReportingObserver]) -> None:
+    try:
+        read = {number: _read(run, observers[number]) for number, run in enumerate(request.runs)}
+        members = {number: member for number, member in read.items() if member is not None}
+        if members:
+            _train(request, members, ended=lambda number, outcome: _report(observers[number], outcome))
+    except Exception as error:
+        logger.exception("training failed")
+        for observer in observers:
+            if not observer.has_ended:
+                observer.on_error(error, param=None)
+
+
+def _read(run: Run, observer: ReportingObserver) -> Member | None:
+    """What the run needs; None if it cannot be read, which is reported."""
     reading: str | None = None
     try:
         from uora.data import read_file
-        from uora.training import TrainingStopped
+        from uora.training.cotraining import Member
 
         reading = "training_file"
-        training = read_file(request.training_file, request.spec.task)
+        training = read_file(run.training_file, run.spec.task)
         reading = "validation_file"
-        validation = read_file(request.validation_file, request.spec.task) if request.validation_file else None
+        validation = read_file(run.validation_file, run.spec.task) if run.validation_file else None
         reading = None
-        try:
-            result = _train(request, observer, training=training, validation=validation)
-        except TrainingStopped:
-            observer.on_stopped()
-        else:
-            observer.on_done(result)
+        return Member(
+            run.spec,
+            training,
+            validation,
+            observer,
+            resume=run.resume.read_bytes() if run.resume else None,
+            warm_start=loads(run.warm_start.read_bytes()) if run.warm_start else None,
+        )
     except Exception as error:
         logger.exception("training failed")
         observer.on_error(error, param=reading)
+        return None
 
 
-def _train(
-    request: ChildRequest,
-    observer: ReportingObserver,
-    *,
-    training: Dataset[Row],
-    validation: Dataset[Row] | None,
-) -> TrainingResult:
+def _train(request: ChildRequest, members: Mapping[int, Member], *, ended: EndCallback) -> None:
+    """Train the runs together if they are several that can be, else one after the other."""
     import torch
 
     from uora.models import fetch, pick_dtype
-    from uora.training import train
 
     if request.torch_threads:
         torch.set_num_threads(request.torch_threads)
-    return train(
-        request.spec,
-        base=fetch(request.base_model, request.base_source, cache_dir=request.cache_dir),
-        training=training,
-        validation=validation,
-        observer=observer,
-        cache_dir=request.cache_dir,
-        dtype=pick_dtype(request.dtype),
-        resume=request.resume.read_bytes() if request.resume else None,
-        warm_start=loads(request.warm_start.read_bytes()) if request.warm_start else None,
-    )
+    common = {
+        "base": fetch(request.base_model, request.base_source, cache_dir=request.cache_dir),
+        "cache_dir": request.cache_dir,
+        "dtype": pick_dtype(request.dtype),
+    }
+    if len(members) > 1 and _train_together(members, common, ended=ended):
+        return
+    for number, member in members.items():
+        ended(number, _train_alone(member, common))
+
+
+def _train_together(members: Mapping[int, Member], common: dict[str, Any], *, ended: EndCallback) -> bool:
+    """Whether they could be; if not, nothing was trained."""
+    from uora.errors import SpecError
+    from uora.training.cotraining import cotrain
+
+    numbers = list(members)
+    try:
+        cotrain(list(members.values()), **common, ended=lambda place, outcome: ended(numbers[place], outcome))
+    except SpecError as error:
+        if error.code != "cannot_cotrain":
+            raise
+        logger.warning("the runs are trained one after the other: %s", error)
+        return False
+    return True
+
+
+def _train_alone(member: Member, common: dict[str, Any]) -> TrainingResult | Exception:
+    from uora.training import TrainingStopped, train
+
+    if member.observer.should_stop():  # while another was trained
+        return TrainingStopped()
+    try:
+        return train(
+            member.spec,
+            training=member.training,
+            validation=member.validation,
+            observer=member.observer,
+            resume=member.resume,
+            warm_start=member.warm_start,
+            **common,
+        )
+    except Exception as error:
+        return error
+
+
+def _report(observer: ReportingObserver, outcome: TrainingResult | Exception) -> None:
+    from uora.training import TrainingStopped
+
+    try:
+        if isinstance(outcome, TrainingStopped):
+            observer.on_stopped()
+        elif isinstance(outcome, Exception):
+            raise outcome
+        else:
+            observer.on_done(outcome)
+    except Exception as error:
+        logger.exception("training failed")
+        observer.on_error(error, param=None)
 
 
 def _take_stdout() -> TextIO:
@@ -190,10 +285,7 @@ def _take_stdout() -> TextIO:
     return os.fdopen(private, "w", encoding="utf-8")
 
 
-def _leave_with_parent(work_dir: Path) -> None:
-    # os.read, not sys.stdin: the interpreter cannot shut down while a thread is inside a buffered reader.
-    while os.read(0, 4096):
-        pass
+def _leave_with_parent(work_dir: Path) -> NoReturn:
     shutil.rmtree(work_dir, ignore_errors=True)  # nobody else will
     if os.getpgrp() == os.getpid():  # started as leader: take along whatever was started from here
         os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The process of one training run, seen from the worker: started, told, listened to, stopped."""
+"""The process of training runs, seen from the worker: started, told, listened to, stopped."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from typing import IO, cast
 import psutil
 from pydantic import ValidationError
 
-from worker.lease import Lease
-from worker.messages import ChildRequest, Report, parse_report
+from worker.messages import ChildRequest, Report, Stop, parse_report
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +94,10 @@ class ChildProcess:
         """Whether it has not ended."""
         return self._process.poll() is None
 
-    def send(self, request: ChildRequest) -> None:
-        """Hand over the request; stdin stays open for as long as this process lives."""
+    def send(self, message: ChildRequest | Stop) -> None:
+        """Hand over the request, or stop one of its runs; stdin stays open for as long as this process lives."""
         with suppress(BrokenPipeError):  # it is gone already: its end is found where reports are read
-            self._stdin.write(request.model_dump_json() + "\n")
+            self._stdin.write(message.model_dump_json() + "\n")
             self._stdin.flush()
 
     def next_report(self, *, within_seconds: float) -> Report | None:
@@ -113,7 +112,7 @@ class ChildProcess:
             return None
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to the child alone: what it started may be needed to end the step."""
+        """Stop all of its runs, by SIGTERM to the child alone: what it started may be needed to end the step."""
         self._process.send_signal(signal.SIGTERM)
 
     def sample_memory(self) -> None:
@@ -123,6 +122,8 @@ class ChildProcess:
 
     def stop(self, grace: timedelta) -> None:
         """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""
+        if self._stdin.closed:
+            return  # stopped before, and its number may be another process's by now
         if self.is_alive:
             self._signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
@@ -131,11 +132,11 @@ class ChildProcess:
         self._process.wait()
         self._close()
 
-    def log_stderr(self, lease: Lease, *, level: int) -> None:
-        """Write the last lines of the child's stderr to this worker's log."""
+    def log_stderr(self, jobs: str, *, level: int) -> None:
+        """Write the last lines of the child's stderr to this worker's log, as those of ``jobs``."""
         self._readers[1].join(timeout=1)
         for line in list(self._last_lines):
-            logger.log(level, "job %s, training process: %s", lease.job_id, line.rstrip())
+            logger.log(level, "%s, training process: %s", jobs, line.rstrip())
 
     def _close(self) -> None:
         with suppress(BrokenPipeError):

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-from uora.errors import ArtifactError, BaseModelError, DataError, UoraError
+from uora.errors import ArtifactError, BaseModelError, DataError, OutOfMemory, UoraError
 
 
 class FailureKind(StrEnum):
@@ -103,6 +103,11 @@ def describe(error: BaseException, *, param: str | None = None) -> Failure:
         case OSError(errno=errno.ENOSPC):
             return DISK_FULL
     return OUT_OF_MEMORY if _is_out_of_memory(error) else INTERNAL
+
+
+def may_be_anothers(failure: Failure) -> bool:
+    """Whether another run of the same process may have caused it, by its need of memory or by a crash."""
+    return failure.kind is FailureKind.PLATFORM or failure.code == OutOfMemory.code
 
 
 def _data_code(error: DataError, param: str | None) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy import ColumnElement, Select, and_, case, false, func, or_, select, update
+from sqlalchemy.orm import Session, aliased, sessionmaker
 
 import api.projects.models  # noqa: F401 - jobs refer to its table
 from api.database import UtcDateTime, now
@@ -89,6 +89,46 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
             return None
         rewind(session, job_id)
         return Lease(job_id=job_id, project_id=taken.project_id, attempt=taken.attempt, owner=owner)
+
+
+def claim_companions(sessions: Sessions, lease: Lease, *, at_most: int, ttl: timedelta) -> list[Lease]:
+    """Take queued jobs of any project that can be trained together with the job of ``lease``, the oldest first.
+
+    A job that a trainer was lost with is none, nor has any: it may have been the cause.
+
+    Args:
+        sessions: where the jobs are.
+        lease: of the first job.
+        at_most: how many to take.
+        ttl: as in `claim`.
+    """
+    taken: list[Lease] = []
+    last_seq = 0
+    while len(taken) < at_most:
+        with sessions() as session:
+            candidate = session.execute(_companions(lease).where(Job.seq > last_seq).limit(1)).one_or_none()
+        if candidate is None:
+            break
+        last_seq = candidate.seq
+        companion = claim(sessions, candidate.id, owner=lease.owner, ttl=ttl)
+        if companion is not None:  # else somebody was faster
+            taken.append(companion)
+    return taken
+
+
+def _companions(lease: Lease) -> Select[int, str]:
+    first = aliased(Job)
+    return (
+        select(Job.seq, Job.id)
+        .join(first, first.cotraining_key == Job.cotraining_key)
+        .where(
+            first.id == lease.job_id,
+            first.lost_trainers == 0,
+            Job.status == JobStatus.QUEUED,
+            Job.lost_trainers == 0,
+        )
+        .order_by(Job.seq)
+    )
 
 
 def renew(sessions: Sessions, lease: Lease, *, ttl: timedelta) -> Renewal:

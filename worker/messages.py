@@ -21,20 +21,29 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class ChildRequest(_Message):
+class Run(_Message):
     """One training run."""
 
     spec: TrainingSpec
-    base_model: str
-    #: Where the base model comes from (see ``uora.models``).
-    base_source: str
     training_file: Path
     validation_file: Path | None
     #: The state to go on from; None to begin with step 1.
     resume: Path | None
     #: The adapter to begin with instead of a new one.
     warm_start: Path | None
-    #: Folder for the child's results, removed by the parent.
+    #: Folder for the run's results.
+    work_dir: Path
+
+
+class ChildRequest(_Message):
+    """Runs on one base model, trained together where they can be."""
+
+    #: At least one; reports and stops name a run by its place here.
+    runs: tuple[Run, ...]
+    base_model: str
+    #: Where the base model comes from (see ``uora.models``).
+    base_source: str
+    #: Folder with those of the runs, removed by the parent.
     work_dir: Path
     cache_dir: Path
     dtype: str
@@ -42,14 +51,26 @@ class ChildRequest(_Message):
     torch_threads: int
 
 
-class Started(_Message):
+class Stop(_Message):
+    """After the request: one run is to end its step, report its state and stop, and the others go on."""
+
+    stop: int
+
+
+class _Report(_Message):
+    """What happened to one run."""
+
+    run: int = 0
+
+
+class Started(_Report):
     """Everything is loaded, the first step begins."""
 
     type: Literal["started"] = "started"
     total_steps: int
 
 
-class Step(_Message):
+class Step(_Report):
     """One optimizer step is done (``uora.training.StepMetrics``)."""
 
     type: Literal["step"] = "step"
@@ -65,7 +86,7 @@ class Step(_Message):
     trained_tokens: int
 
 
-class Evaluated(_Message):
+class Evaluated(_Report):
     """An evaluation is done; the adapter as it was then lies in ``file`` of the work folder."""
 
     type: Literal["evaluation"] = "evaluation"
@@ -74,7 +95,7 @@ class Evaluated(_Message):
     file: str
 
 
-class State(_Message):
+class State(_Report):
     """What a run can go on from after ``step`` lies, whole, in ``file`` of the work folder."""
 
     type: Literal["state"] = "state"
@@ -82,13 +103,13 @@ class State(_Message):
     file: str
 
 
-class Stopped(_Message):
+class Stopped(_Report):
     """The run stopped because it was asked to; the state of its last step was reported before."""
 
     type: Literal["stopped"] = "stopped"
 
 
-class Done(_Message):
+class Done(_Report):
     """The run is complete; the adapter lies in ``file`` of the work folder."""
 
     type: Literal["done"] = "done"
@@ -101,7 +122,7 @@ class Done(_Message):
     stopped_early: bool
 
 
-class Failed(_Message):
+class Failed(_Report):
     """The run ended with an error."""
 
     type: Literal["failed"] = "failed"

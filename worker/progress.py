@@ -64,7 +64,7 @@ class JobProgress:
         with writing(self._sessions, self._lease) as (session, job):
             _show(job, step)
             if event_due and not _has_step_event(session, job.id, step.step):
-                data = step.model_dump(exclude={"type"})
+                data = step.model_dump(exclude={"type", "run"})
                 add_metrics_event(session, job.id, step.step, step.total_steps, metrics=data)
 
     def on_evaluation(self, evaluated: Evaluated, artifact: bytes) -> None:

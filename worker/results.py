@@ -80,13 +80,20 @@ def cancel(sessions: Sessions, lease: Lease) -> None:
         mark_cancelled(session, job)
 
 
-def interrupt(sessions: Sessions, lease: Lease) -> None:
+def interrupt(sessions: Sessions, lease: Lease, *, alone: bool = False) -> None:
     """Record that the training stopped before its end: for a cancel or a pause, or else to be queued again.
+
+    Args:
+        sessions: where the job is.
+        lease: of the job.
+        alone: whether no other job may be trained together with it any more.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     with writing(sessions, lease) as (session, job):
+        if alone:
+            job.cotraining_key = None
         if job.cancel_requested:
             mark_cancelled(session, job)
         elif job.pause_requested:

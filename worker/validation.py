@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,15 @@ from api.queue import TaskName
 from api.unit_of_work import UnitOfWork, open_unit_of_work
 from uora.data import DatasetReport, build_report
 from uora.errors import BaseModelError, DataError
-from uora.spec import HyperparameterRequest, Task, TrainingOptions, TrainingSpec, parse_adapter, resolve
+from uora.spec import (
+    HyperparameterRequest,
+    Task,
+    TrainingOptions,
+    TrainingSpec,
+    cotraining_key,
+    parse_adapter,
+    resolve,
+)
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
@@ -208,10 +217,25 @@ def _queue(held: Resources, job: Job, checked: Checked) -> None:
             target=JobStatus.PAUSED if pause else JobStatus.QUEUED,
             pause_requested=False,
             training_spec=checked.spec.model_dump(mode="json"),
+            cotraining_key=_cotraining_key(job.base_model, checked),
             dataset_report=_stored(checked.reports),
         )
         if moved:
             _announce_queued(work, job, checked, paused=bool(pause))
+
+
+def _cotraining_key(base_model: str, checked: Checked) -> str | None:
+    """``job.cotraining_key``: `uora.spec.cotraining_key` among the jobs of all base models.
+
+    None also for rows so long that a run by itself keeps no activations: passes that runs share keep them.
+    """
+    from uora.training.trainer import MAX_KEPT_ROW_TOKENS  # loads torch, which takes seconds
+
+    key = cotraining_key(checked.spec)
+    longest = max(report.lengths.max if report.lengths else 0 for report in checked.reports.values())
+    if key is None or (checked.spec.options.gradient_checkpointing == "auto" and longest > MAX_KEPT_ROW_TOKENS):
+        return None
+    return hashlib.sha256(f"{base_model}\n{key}".encode()).hexdigest()
 
 
 def _announce_queued(work: UnitOfWork, job: Job, checked: Checked, *, paused: bool) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, LargeBinary
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.database import Base, JsonColumn, Listed, Sequence, now
@@ -49,6 +49,7 @@ class Job(Base, Listed):
     """
 
     __tablename__ = "jobs"
+    __table_args__ = (Index(None, "cotraining_key", "status"),)
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"), index=True)
     status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES, index=True)
@@ -97,6 +98,8 @@ class Job(Base, Listed):
 
     #: The sweep that it was made for; None for a job of its own.
     sweep_id: Mapped[str | None] = mapped_column(index=True)
+    #: Queued jobs with the same one can be trained together; None for a job that is trained by itself.
+    cotraining_key: Mapped[str | None] = mapped_column(String(64))
 
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     #: Asked of a job that is validated or trained: it stops where that can be, and goes on when it is resumed.

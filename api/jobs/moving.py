@@ -97,8 +97,16 @@ def try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
             return _queue_again(work, job, source=status)
         case JobStatus.FAILED:
             _check_can_go_on(work.session, caller, job)
+            # By itself: what it failed of, say want of memory, must not reach others.
             return _queue_again(
-                work, job, source=status, error=None, finished_at=None, lost_trainers=0, cancel_requested=False
+                work,
+                job,
+                source=status,
+                error=None,
+                finished_at=None,
+                lost_trainers=0,
+                cancel_requested=False,
+                cotraining_key=None,
             )
         case JobStatus.VALIDATING_FILES | JobStatus.RUNNING if job.pause_requested:
             taken_back = withdraw_pause(work.session, job.id, status=status)

@@ -95,19 +95,20 @@ class TestResume:
     """POST /v1/fine_tuning/jobs/{id}/resume"""
 
     def test_a_paused_job_is_queued(self, service: Service, client: OpenAI) -> None:
-        job_id = put_job(service, status=JobStatus.PAUSED, state=True)
+        job_id = put_job(service, status=JobStatus.PAUSED, state=True, cotraining_key="key")
         assert client.fine_tuning.jobs.resume(job_id).status == "queued"
         assert service.queue.messages == [(TaskName.TRAIN, job_id)]
         assert states(service, job_id) == 1
+        assert stored_job(service, job_id).cotraining_key == "key"
 
     def test_a_failed_job_goes_on_from_its_state(self, service: Service, client: OpenAI) -> None:
         error = {"code": "out_of_memory_or_killed", "message": "m", "param": None}
         values = {"error": error, "lost_trainers": 2, "cancel_requested": True}  # it failed before it saw the cancel
-        job_id = put_job(service, status=JobStatus.FAILED, state=True, **values)
+        job_id = put_job(service, status=JobStatus.FAILED, state=True, cotraining_key="key", **values)
         resumed = client.fine_tuning.jobs.resume(job_id)
         assert (resumed.status, resumed.error, resumed.finished_at) == ("queued", None, None)
         row = stored_job(service, job_id)
-        assert (row.lost_trainers, row.cancel_requested) == (0, False)
+        assert (row.lost_trainers, row.cancel_requested, row.cotraining_key) == (0, False, None)
         assert service.queue.messages == [(TaskName.TRAIN, job_id)]
 
     def test_a_failed_job_needs_its_files(self, service: Service, client: OpenAI) -> None:

@@ -10,6 +10,8 @@ import json
 import sys
 import time
 import types
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,49 @@ def train(
     spec: TrainingSpec, *, training: Any, observer: Any, resume: bytes | None, warm_start: Artifact | None, **_: Any
 ) -> Any:
     """As ``uora.training.train``."""
+    steps = _steps(Member(spec, training, None, observer, resume, warm_start))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+@dataclass(frozen=True)
+class Member:
+    """As in ``uora.training.cotraining``."""
+
+    spec: TrainingSpec
+    training: Any
+    validation: Any
+    observer: Any
+    resume: bytes | None = None
+    warm_start: Artifact | None = None
+
+
+def cotrain(members: Sequence[Member], *, ended: Callable[[int, Any], None], **_: Any) -> None:
+    """As in ``uora.training.cotraining``: a step of each in turn."""
+    runs = {number: _steps(member) for number, member in enumerate(members)}
+    while runs:
+        for number, steps in tuple(runs.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                ended(number, end.value)
+                del runs[number]
+            except Exception as error:
+                ended(number, error)
+                del runs[number]
+
+
+def _steps(member: Member) -> Generator[None, None, Any]:
+    """A run, which waits after each of its steps; its value is the result."""
+    spec, observer = member.spec, member.observer
     observing = sys.modules["uora.training"]
-    total = spec.total_steps(len(training.rows))
-    step, number = 0, number_of(warm_start) if warm_start else 0.1
-    if resume is not None:
-        step, number = json.loads(resume)
+    total = spec.total_steps(len(member.training.rows))
+    step, number = 0, number_of(member.warm_start) if member.warm_start else 0.1
+    if member.resume is not None:
+        step, number = json.loads(member.resume)
     observer.on_start(total)
     while step < total:
         _stop_if_asked(observer, step, number)
@@ -70,6 +110,7 @@ def train(
         if step % EVALUATED_EVERY == 0 or step == total:
             metrics = {"step": float(step), "train_loss": 1 / step, "valid_loss": 2 / step}
             observer.on_evaluation(observing.Evaluation(step, metrics, artifact_of(number)))
+        yield
     return observing.TrainingResult(artifact_of(number), trained_tokens=step, steps=step, hits=0, metrics={})
 
 
@@ -104,6 +145,8 @@ def install() -> None:
     sys.modules["uora.training"] = module
     spec.loader.exec_module(module)
     module.train = train  # type: ignore[attr-defined]
+    together: dict[str, Any] = {"Member": Member, "cotrain": cotrain}
+    sys.modules["uora.training.cotraining"] = types.SimpleNamespace(**together)  # type: ignore[assignment]
     nothing: dict[str, Any] = {"set_num_threads": lambda _: None}
     sys.modules["torch"] = types.SimpleNamespace(**nothing)  # type: ignore[assignment]
     models: dict[str, Any] = {"fetch": lambda *_, **__: None, "pick_dtype": lambda _: None}

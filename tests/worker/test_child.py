@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,11 @@ from worker.messages import (
     Evaluated,
     Failed,
     Report,
+    Run,
     Started,
     State,
     Step,
+    Stop,
     Stopped,
     parse_report,
 )
@@ -38,7 +41,7 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
     rows.write_bytes(chat_rows(8))
     work_dir = tmp_path / "work"
     work_dir.mkdir()
-    return ChildRequest(
+    run = Run(
         spec=resolve(
             HyperparameterRequest(n_epochs=2, batch_size=2),
             adapter=UoraSpec(r=4),
@@ -46,12 +49,16 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
             seed=1,
             n_examples=8,
         ),
-        base_model=BASE_MODEL,
-        base_source=f"path:{tiny_model}",
         training_file=rows,
         validation_file=rows,
         resume=None,
         warm_start=None,
+        work_dir=work_dir,
+    )
+    return ChildRequest(
+        runs=(run,),
+        base_model=BASE_MODEL,
+        base_source=f"path:{tiny_model}",
         work_dir=work_dir,
         cache_dir=tmp_path / "cache",
         dtype="float32",
@@ -65,6 +72,12 @@ def child(request_: ChildRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with waiting_child(request_) as process:
         yield process
+
+
+def of(request: ChildRequest, *changes: dict[str, Any]) -> ChildRequest:
+    """A request for the run of ``request`` with each of these changes."""
+    (run,) = request.runs
+    return request.model_copy(update={"runs": tuple(run.model_copy(update=each) for each in changes)})
 
 
 @contextmanager
@@ -124,7 +137,7 @@ def test_a_whole_run(child: Child, request_: ChildRequest) -> None:
 def test_an_unknown_error_is_hidden(child: Child, request_: ChildRequest, tmp_path: Path) -> None:
     folder = tmp_path / "hunter2"
     folder.mkdir()
-    tell(child, request_.model_copy(update={"training_file": folder}))
+    tell(child, of(request_, {"training_file": folder}))
     (report,) = reports(child)
 
     assert child.wait(timeout=20) == 0
@@ -138,7 +151,7 @@ def test_an_unknown_error_is_hidden(child: Child, request_: ChildRequest, tmp_pa
 def test_a_bad_row_names_file_and_line(child: Child, request_: ChildRequest, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(chat_rows(2) + b"{}\n")
-    tell(child, request_.model_copy(update={"validation_file": bad}))
+    tell(child, of(request_, {"validation_file": bad}))
     (report,) = reports(child)
 
     assert isinstance(report, Failed)
@@ -163,8 +176,8 @@ def test_without_a_request_it_leaves(child: Child) -> None:
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(child: Child, request_: ChildRequest) -> None:
     hyperparameters = Hyperparameters(n_epochs=10, batch_size=2, learning_rate_multiplier=1.0)
-    spec = request_.spec.model_copy(update={"hyperparameters": hyperparameters})
-    longer = request_.model_copy(update={"spec": spec})
+    spec = request_.runs[0].spec.model_copy(update={"hyperparameters": hyperparameters})
+    longer = of(request_, {"spec": spec})
     tell(child, longer)
     assert child.stdout is not None
     said: list[Report] = []
@@ -179,7 +192,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(child: Child, reques
     assert 3 <= state.step < 40
 
     with waiting_child(longer) as second:
-        tell(second, longer.model_copy(update={"resume": request_.work_dir / state.file}))
+        tell(second, of(longer, {"resume": request_.work_dir / state.file}))
         rest = reports(second)
     with waiting_child(longer) as unbroken:
         tell(unbroken, longer)
@@ -193,16 +206,65 @@ def test_a_warm_start_is_handed_on(child: Child, request_: ChildRequest) -> None
     first_dir = request_.work_dir / "first"
     first_dir.mkdir()
     with waiting_child(request_) as first:
-        tell(first, request_.model_copy(update={"work_dir": first_dir}))
+        tell(first, of(request_, {"work_dir": first_dir}))
         done = reports(first)[-1]
     assert isinstance(done, Done)
-    tell(child, request_.model_copy(update={"warm_start": first_dir / done.file}))
+    tell(child, of(request_, {"warm_start": first_dir / done.file}))
     evaluated = [report for report in reports(child) if isinstance(report, Evaluated)]
 
     before, after = done.metrics["valid_loss"], evaluated[-1].metrics["valid_loss"]
     assert before is not None
     assert after is not None
     assert after < before
+
+
+def several(request: ChildRequest, *changes: dict[str, Any]) -> ChildRequest:
+    """As `of`, each run with a folder of its own."""
+    folders = [request.work_dir / str(number) for number in range(len(changes))]
+    for folder in folders:
+        folder.mkdir()
+    return of(request, *({"work_dir": folder} | each for folder, each in zip(folders, changes, strict=True)))
+
+
+def test_several_runs_are_stopped_one_by_one_and_all_at_once(child: Child, request_: ChildRequest) -> None:
+    hyperparameters = Hyperparameters(n_epochs=100, batch_size=2, learning_rate_multiplier=1.0)
+    longer = {"spec": request_.runs[0].spec.model_copy(update={"hyperparameters": hyperparameters})}
+    tell(child, several(request_, {}, longer, longer))
+    assert child.stdin is not None
+    assert child.stdout is not None
+    said: dict[int, list[Report]] = {0: [], 1: [], 2: []}
+    for line in child.stdout:
+        report = parse_report(line)
+        said[report.run].append(report)
+        if report.run == 1 and isinstance(report, Step) and report.step == 3:
+            child.stdin.write(Stop(stop=1).model_dump_json() + "\n")
+            child.stdin.flush()
+        if isinstance(report, Done):
+            assert isinstance(said[1][-1], Stopped)
+            child.terminate()
+
+    assert child.wait(timeout=20) == 0
+    assert isinstance(said[0][-1], Done)
+    assert loads((request_.work_dir / "0" / said[0][-1].file).read_bytes()).manifest.base_model == BASE_MODEL
+    for number, most in ((1, 7), (2, 399)):
+        state, stopped = said[number][-2:]
+        assert isinstance(state, State)
+        assert isinstance(stopped, Stopped)
+        assert 3 <= state.step <= most
+        assert (request_.work_dir / str(number) / state.file).exists()
+
+
+def test_runs_that_cannot_be_trained_together_follow_one_another(child: Child, request_: ChildRequest) -> None:
+    other = request_.runs[0].spec.model_copy(update={"adapter": UoraSpec(r=2)})
+    tell(child, several(request_, {}, {"spec": other}, {"training_file": request_.work_dir}))
+    said = reports(child)
+
+    assert child.wait(timeout=20) == 0
+    failed, *rest = said
+    assert isinstance(failed, Failed)
+    assert failed.run == 2
+    assert [report.run for report in rest] == sorted(report.run for report in rest)
+    assert [report.run for report in rest if isinstance(report, Done)] == [0, 1]
 
 
 def test_sigterm_before_the_first_step_ends_it_at_once(child: Child, request_: ChildRequest) -> None:
@@ -226,8 +288,8 @@ def test_prints_of_libraries_do_not_reach_the_reports(tmp_path: Path) -> None:
 @contextmanager
 def _stuck(child: Child, request: ChildRequest) -> Iterator[None]:
     """The child is in the middle of reading a file that does not end."""
-    fifo = request.training_file.with_name("fifo")
+    fifo = request.work_dir.with_name("fifo")
     os.mkfifo(fifo)
-    tell(child, request.model_copy(update={"training_file": fifo}))
+    tell(child, of(request, {"training_file": fifo}))
     with fifo.open("wb"):  # opens when the child does
         yield

@@ -33,7 +33,7 @@ from worker import child_process, progress
 from worker.child import ReportingObserver
 from worker.context import Resources
 from worker.lease import LeaseLost, claim
-from worker.messages import ChildRequest, Evaluated, State, Step, parse_report
+from worker.messages import Evaluated, State, Step, parse_report
 from worker.progress import JobProgress
 from worker.sweeping import sweep
 from worker.tasks.training import train
@@ -242,7 +242,7 @@ class TestGrace:
         """It keeps a state, and does not hear SIGTERM."""
         script = (
             "import json, os, sys, time, signal; from pathlib import Path\n"
-            "os.chdir(json.loads(sys.stdin.readline())['work_dir'])\n"
+            "os.chdir(json.loads(sys.stdin.readline())['runs'][0]['work_dir'])\n"
             "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "Path('s').write_bytes(b'kept')\n"
             "for report in ({'type': 'started', 'total_steps': 9}, {'type': 'state', 'step': 3, 'file': 's'}):\n"
@@ -300,7 +300,7 @@ class TestState:
     def test_a_step_whose_state_is_given_twice(self, tmp_path: Path) -> None:
         """The parent may remove the first file when the second is there already."""
         stream = io.StringIO()
-        observer = ReportingObserver(ChildRequest.model_construct(work_dir=tmp_path), stream)
+        observer = ReportingObserver(0, tmp_path, stream)
         for content in (b"periodic", b"at the stop"):
             observer.on_state(20, content)
 

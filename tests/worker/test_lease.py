@@ -7,14 +7,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Barrier
+from typing import Any
 
 import pytest
 
 from api.database import now
 from api.jobs.models import ENDED, Checkpoint, JobStatus, TrainingState
+from api.projects.models import Project
 from tests.worker.support import TTL, Service, add_adapter
 from worker import results
-from worker.lease import Lease, LeaseLost, claim, renew, writing
+from worker.lease import Lease, LeaseLost, claim, claim_companions, renew, writing
 
 EXPIRED = timedelta(seconds=-1)
 
@@ -112,7 +114,62 @@ class TestClaim:
         assert any_service.job(job_id).progress == {"step": 20, "total_steps": 60}
 
 
+class TestCompanions:
+    """Who is claimed together."""
+
+    def test_the_oldest_queued_with_the_same_key_of_any_project(self, any_service: Service) -> None:
+        with any_service.sessions.begin() as session:
+            session.add(Project(id="proj_other", name="Other", slug="other"))
+        keyed: dict[str, Any] = {"cotraining_key": "key"}
+        wanted = [any_service.add_job(**keyed), any_service.add_job(**keyed, project_id="proj_other")]
+        first = any_service.claim(any_service.add_job(**keyed))
+        any_service.add_job(cotraining_key="other")
+        any_service.add_job(**keyed, status=JobStatus.PAUSED)
+        any_service.add_job(**keyed, lost_trainers=1)
+        any_service.claim(any_service.add_job(**keyed), ttl=EXPIRED)
+        wanted.append(any_service.add_job(**keyed))
+        rest = any_service.add_job(**keyed)
+
+        taken = claim_companions(any_service.sessions, first, at_most=3, ttl=TTL)
+
+        assert [lease.job_id for lease in taken] == wanted
+        assert [lease.project_id for lease in taken] == [any_service.job(job_id).project_id for job_id in wanted]
+        assert {any_service.job(job_id).lease_owner for job_id in wanted} == {"one"}
+        assert any_service.job(rest).status == "queued"
+
+    @pytest.mark.parametrize("values", [{"cotraining_key": None}, {"cotraining_key": "key", "lost_trainers": 1}])
+    def test_a_job_that_is_to_be_alone_has_none(self, service: Service, values: dict[str, Any]) -> None:
+        first = service.claim(service.add_job(**values))
+        for key in (None, "key"):
+            service.add_job(cotraining_key=key)
+
+        assert claim_companions(service.sessions, first, at_most=3, ttl=TTL) == []
+
+
 class TestRace:
+    def test_trainers_at_once_share_no_job(self, any_service: Service) -> None:
+        job_ids = [any_service.add_job(cotraining_key="key") for _ in range(16)]
+        start = Barrier(4)
+
+        def race(number: int) -> list[str]:
+            start.wait()
+            first = claim(any_service.sessions, job_ids[number], owner=f"thread {number}", ttl=TTL)
+            if first is None:
+                return []
+            return [
+                first.job_id,
+                *(each.job_id for each in claim_companions(any_service.sessions, first, at_most=3, ttl=TTL)),
+            ]
+
+        with ThreadPoolExecutor(4) as pool:
+            taken = list(pool.map(race, range(4)))
+
+        assert {len(of_one) for of_one in taken} <= {0, 4}
+        everything = [job_id for of_one in taken for job_id in of_one]
+        assert len(everything) == len(set(everything)) >= 4
+        attempts = {job_id: any_service.job(job_id).attempt for job_id in job_ids}
+        assert attempts == {job_id: int(job_id in everything) for job_id in job_ids}
+
     def test_one_of_many_threads_wins(self, any_service: Service) -> None:
         job_ids = [any_service.add_job() for _ in range(5)]
         start = Barrier(8)

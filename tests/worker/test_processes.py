@@ -216,6 +216,33 @@ def test_a_job_from_its_first_message_to_its_model(processes: Processes) -> None
     assert trainer.wait(timeout=15) == 0, processes.logs()
 
 
+@pytest.mark.parametrize("processes", [SERVERS], indirect=True)
+def test_jobs_that_wait_are_trained_together(processes: Processes) -> None:
+    service = processes.service
+    jobs_ = [service.add_job(status=JobStatus.VALIDATING_FILES, rows=64, n_epochs=epochs) for epochs in (1, 8, 8)]
+    for job_id in jobs_:
+        CeleryQueue(service.settings).send(TaskName.VALIDATE, job_id)
+    for job_id in jobs_:
+        processes.wait_for(job_id, JobStatus.QUEUED)
+    trainer = processes.start("trainer")
+    short, *long = jobs_
+    processes.wait_for(short, JobStatus.SUCCEEDED)
+    assert [service.job(job_id).status for job_id in long] == ["running"] * 2
+    (child,) = children(trainer)
+    service.update(long[0], cancel_requested=True)
+    processes.wait_for(long[0], JobStatus.CANCELLED)
+    assert child.is_running()
+    processes.wait_for(long[1], JobStatus.SUCCEEDED)
+
+    wait_until(lambda: CeleryQueue(service.settings).waiting(TaskName.TRAIN) == 0, what="their messages", seconds=10)
+    assert [service.job(job_id).attempt for job_id in jobs_] == [1, 1, 1]
+    results = [adapter.job_id for adapter in service.adapters() if adapter.checkpoint_step is None]
+    assert [job_id for job_id in results if job_id in jobs_] == [short, long[1]]
+    assert list(processes.temporary.iterdir()) == []
+    trainer.terminate()
+    assert trainer.wait(timeout=15) == 0, processes.logs()
+
+
 @pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)
 def test_a_lost_message_and_a_killed_trainer_are_replaced(processes: Processes) -> None:
     service = processes.service

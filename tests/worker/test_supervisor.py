@@ -33,7 +33,7 @@ PRELUDE = """
 import json, os, signal, sys, time
 from pathlib import Path
 request = json.loads(sys.stdin.readline())
-os.chdir(request['work_dir'])
+os.chdir(request['runs'][0]['work_dir'])
 def say(**report): print(json.dumps(report), flush=True)
 def save(name): Path(name).write_bytes(bytes.fromhex(ARTIFACT))
 Path(PID_FILE).write_text(str(os.getpid()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -14,7 +15,7 @@ from api.projects.models import Project
 from api.queue import TaskName
 from tests.worker.support import BASE_MODEL, Service, chat_rows
 from uora.data import DatasetReport
-from uora.spec import TrainingOptions, TrainingSpec
+from uora.spec import LoraSpec, TrainingOptions, TrainingSpec, UoraSpec
 from worker import validation
 from worker.context import Resources
 from worker.validation import validate
@@ -64,6 +65,43 @@ def test_good_files_are_queued(service: Service, held: Resources) -> None:
     assert first == f"Validating training file: {job.training_file} and validation file: {job.validation_file}"
     assert len(counts) == 2
     assert last == "Files validated, moving job to queued state"
+
+
+def test_jobs_of_one_shape_have_one_key(service: Service, held: Resources) -> None:
+    settings = service.resources(
+        base_models={**held.settings.base_models, "tiny too": held.settings.base_models["tiny"]}
+    )
+    lora = LoraSpec(r=4).model_dump(mode="json")
+    same, paused, rank, base, alone = (
+        service.add_job(status=JobStatus.VALIDATING_FILES, **values)
+        for values in (
+            {"n_epochs": 3},
+            {"pause_requested": True},
+            {"adapter": UoraSpec(r=8).model_dump(mode="json")},
+            {"base_model": "tiny too"},
+            {"adapter": lora},
+        )
+    )
+    for job_id in (same, paused, rank, base, alone):
+        validate(settings, job_id)
+
+    keys = {job_id: service.job(job_id).cotraining_key for job_id in (same, paused, rank, base, alone)}
+    assert keys[same] == keys[paused]
+    assert len({keys[same], keys[rank], keys[base]}) == 3
+    assert keys[same] is not None
+    assert keys[alone] is None
+
+
+@pytest.mark.parametrize(("checkpointing", "alone"), [("auto", True), (False, False)])
+def test_long_rows_whose_activations_are_not_kept_have_no_key(
+    service: Service, held: Resources, monkeypatch: pytest.MonkeyPatch, checkpointing: Any, alone: bool
+) -> None:
+    monkeypatch.setattr("uora.training.trainer.MAX_KEPT_ROW_TOKENS", 10)
+    options = TrainingOptions(gradient_checkpointing=checkpointing)
+    job_id = service.add_job(status=JobStatus.VALIDATING_FILES, training_options=options)
+    validate(held, job_id)
+
+    assert (service.job(job_id).cotraining_key is None) == alone
 
 
 def test_auto_is_resolved_from_the_rows(service: Service, held: Resources) -> None:

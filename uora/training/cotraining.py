@@ -8,7 +8,7 @@ and every run goes on with the gradients of its own vectors. A run that ends, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,10 +47,26 @@ class Member:
     warm_start: Artifact | None = None
 
 
+#: Told the number of a run that has ended, and what it came to.
+EndCallback = Callable[[int, TrainingResult | Exception], None]
+
+
 def cotrain(
-    members: Sequence[Member], *, base: LocalModel, cache_dir: Path | None, dtype: torch.dtype
+    members: Sequence[Member],
+    *,
+    base: LocalModel,
+    cache_dir: Path | None,
+    dtype: torch.dtype,
+    ended: EndCallback | None = None,
 ) -> list[TrainingResult | Exception]:
     """Train several runs together; each comes to what `train` comes to, but for rounding.
+
+    Args:
+        members: the runs.
+        base: the model that all of them tune.
+        cache_dir: as in `train`.
+        dtype: as in `train`.
+        ended: called as soon as a run has ended, while the others go on.
 
     Returns:
         For each run its result, or what `train` would have raised. One run's error is none of the others'.
@@ -66,14 +82,20 @@ def cotrain(
     if passes.packer is None or not passes.masked:
         raise SpecError(f"{base.name} cannot take packed rows; train the runs one by one.", code="cannot_cotrain")
     results: dict[int, TrainingResult | Exception] = {}
+
+    def end(number: int, outcome: TrainingResult | Exception) -> None:
+        results[number] = outcome
+        if ended is not None:
+            ended(number, outcome)
+
     runs: dict[int, Run] = {}
     for number, member in enumerate(members):
         try:
             runs[number] = _prepare(member, Loaded(copy_structure(model), passes.pieces), base, cache_dir)
         except Exception as error:  # another member's rows may be right
-            results[number] = error
+            end(number, error)
     if runs:
-        results |= _train(runs, [member.observer for member in members], passes.packer)
+        _train(runs, [member.observer for member in members], passes.packer, end)
     return [results[number] for number in range(len(members))]
 
 
@@ -115,19 +137,17 @@ class _Batch:
 _Strand = Strand[_Batch, Tensor, TrainingResult]
 
 
-def _train(
-    runs: Mapping[int, Run], observers: Sequence[TrainingObserver], packer: Packer
-) -> dict[int, TrainingResult | Exception]:
+def _train(runs: Mapping[int, Run], observers: Sequence[TrainingObserver], packer: Packer, ended: EndCallback) -> None:
     strands = {number: _strand(run, observers[number]) for number, run in runs.items()}
     passes = _JointPasses(JointModel({number: run.model for number, run in runs.items()}), packer)
     said = {number: strand.begin() for number, strand in strands.items()}
-    results: dict[int, TrainingResult | Exception] = {}
     while said:
-        results |= {number: each.outcome for number, each in said.items() if isinstance(each, Ended)}
+        for number, each in said.items():
+            if isinstance(each, Ended):
+                ended(number, each.outcome)
         waiting = {number: each.question for number, each in said.items() if isinstance(each, Asked)}
         answers = passes.make(waiting)
         said = {number: strands[number].resume(answers[number]) for number in waiting}
-    return results
 
 
 def _strand(run: Run, observer: TrainingObserver) -> _Strand:

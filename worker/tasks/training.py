@@ -1,11 +1,12 @@
-"""``training.run``: claim a queued job, train it in a child process, record how it ended."""
+"""``training.run``: claim a queued job and those that go with it, train them in a child process, record their ends."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
@@ -16,11 +17,11 @@ from uora.spec import TrainingSpec
 from worker import failures, results
 from worker.context import Resources, resources
 from worker.failures import Failure
-from worker.lease import Lease, LeaseLost, claim, writing
-from worker.messages import ChildRequest
+from worker.lease import Lease, LeaseLost, claim, claim_companions, writing
+from worker.messages import ChildRequest, Run
 from worker.results import Finished
 from worker.starting import load_state, load_warm_start
-from worker.supervisor import CancelRequested, Interrupted, Outcome, TakenOver, patiently, supervise
+from worker.supervisor import CancelRequested, Interrupted, Outcome, Settle, TakenOver, patiently, supervise
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,8 @@ def train(held: Resources, job_id: str) -> None:
     if lease is None:
         return
     try:
-        _settle(held, lease, _outcome(held, lease))
-    except LeaseLost as lost:
-        logger.warning("%s", lost)
+        others = claim_companions(held.sessions, lease, at_most=settings.cotrain_jobs - 1, ttl=settings.lease_ttl)
+        _train(held, [lease, *others])
     finally:
         if settings.spare_trainer:
             held.spare.refill()
@@ -61,7 +61,7 @@ def record(held: Resources, lease: Lease, outcome: Outcome) -> None:
         case CancelRequested():
             results.cancel(held.sessions, lease)
         case Interrupted():
-            results.interrupt(held.sessions, lease)
+            results.interrupt(held.sessions, lease, alone=outcome.alone)
         case TakenOver():
             pass
         case _:
@@ -69,32 +69,69 @@ def record(held: Resources, lease: Lease, outcome: Outcome) -> None:
     logger.info("job %s, attempt %d: %s", lease.job_id, lease.attempt, type(outcome).__name__)
 
 
-def _outcome(held: Resources, lease: Lease) -> Outcome:
+def _train(held: Resources, leases: Sequence[Lease]) -> None:
+    """Train the jobs in one process, and settle each, unless the database is gone."""
+    unsettled = list(leases)
+
+    def settle(lease: Lease, outcome: Outcome) -> None:
+        unsettled.remove(lease)
+        _settle(held, lease, outcome)
+
     try:
         with ExitStack() as stack:
             work_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uora-training-")))
-            return supervise(held, lease, _request(held, lease, work_dir, stack))
-    except (LeaseLost, OperationalError):
+            ready = [each for lease in leases if (each := _prepare(held, lease, work_dir, stack, settle))]
+            if ready:
+                supervise(held, [each.lease for each in ready], _request(held, ready, work_dir), settle)
+    except OperationalError:
         raise
     except Exception as error:
-        logger.exception("job %s: the trainer failed", lease.job_id)
-        return failures.describe(error)
+        logger.exception("%s: the trainer failed", ", ".join(lease.job_id for lease in unsettled))
+        for lease in tuple(unsettled):
+            settle(lease, failures.describe(error))
 
 
 def _settle(held: Resources, lease: Lease, outcome: Outcome) -> None:
-    patience = held.settings.lease_ttl
+    def write() -> None:
+        try:
+            record(held, lease, outcome)
+        except (LeaseLost, OperationalError):
+            raise
+        except Exception as error:  # a result that cannot be stored will not be storable after another training
+            logger.exception("job %s: its result cannot be stored", lease.job_id)
+            record(held, lease, failures.describe(error))
+
     try:
-        patiently(partial(record, held, lease, outcome), patience=patience)
-    except (LeaseLost, OperationalError):
+        patiently(write, patience=held.settings.lease_ttl)
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A claimed job with all that its run needs."""
+
+    lease: Lease
+    base_model: str
+    run: Run
+
+
+def _prepare(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack, settle: Settle) -> _Ready | None:
+    """None if the job's run cannot have what it needs, which is settled."""
+    try:
+        return _ready(held, lease, work_dir / lease.job_id, stack)
+    except OperationalError:
         raise
-    except Exception as error:  # a result that cannot be stored will not be storable after another training
-        logger.exception("job %s: its result cannot be stored", lease.job_id)
-        patiently(partial(record, held, lease, failures.describe(error)), patience=patience)
+    except LeaseLost:
+        settle(lease, TakenOver())
+    except Exception as error:
+        logger.exception("job %s: its run cannot be prepared", lease.job_id)
+        settle(lease, failures.describe(error))
+    return None
 
 
-def _request(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) -> ChildRequest:
-    """What the child needs; stored files stay readable until ``stack`` is left."""
-    settings = held.settings
+def _ready(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) -> _Ready:
+    """Stored files stay readable until ``stack`` is left."""
     with writing(held.sessions, lease) as (session, job):
         files = FileRepository(session, lease.project_id)
         training = files.get(job.training_file)
@@ -102,14 +139,25 @@ def _request(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) ->
         state = load_state(session, job.id)
         # A state has all that its run began with, so a model that was deleted since then is not missed.
         warm_start = None if state else load_warm_start(session, job)
-    return ChildRequest(
+    work_dir.mkdir()
+    run = Run(
         spec=TrainingSpec.model_validate(job.training_spec),
-        base_model=job.base_model,
-        base_source=settings.base_models[job.base_model],
         training_file=stack.enter_context(held.storage.local_path(training.storage_key)),
         validation_file=validation and stack.enter_context(held.storage.local_path(validation.storage_key)),
         resume=_write(work_dir / "resume.state", state),
         warm_start=_write(work_dir / "warm_start.safetensors", warm_start),
+        work_dir=work_dir,
+    )
+    return _Ready(lease, job.base_model, run)
+
+
+def _request(held: Resources, ready: Sequence[_Ready], work_dir: Path) -> ChildRequest:
+    settings = held.settings
+    base_model = ready[0].base_model  # the others' too: they have the same key
+    return ChildRequest(
+        runs=tuple(each.run for each in ready),
+        base_model=base_model,
+        base_source=settings.base_models[base_model],
         work_dir=work_dir,
         cache_dir=settings.cache_dir,
         dtype=settings.dtype,

@@ -142,6 +142,22 @@ def test_one_run_that_diverges_leaves_the_others_as_they_are(run: Run, tiny_base
     assert_same_adapter(third.artifact, alone(members[2], run)[0].artifact)
 
 
+def test_an_end_is_told_while_the_others_go_on(tiny_base: LocalModel) -> None:
+    long = ChatRow((ChatMessage("user", "x" * 2000), ChatMessage("assistant", "y", trained=True)), line=3)
+    bad = Member(make_spec(), Dataset((long,), "0" * 64), None, Recorder())
+    slow, quick = make_member(make_spec(n_epochs=4), 8), make_member(make_spec(n_epochs=1), 8)
+    ends: list[tuple[int, object, int]] = []
+
+    def ended(number: int, outcome: object) -> None:
+        observer: Any = slow.observer
+        ends.append((number, outcome, len(observer.steps)))
+
+    results = cotrain([slow, bad, quick], base=tiny_base, cache_dir=None, dtype=torch.float32, ended=ended)
+    assert [(number, outcome is results[number]) for number, outcome, _ in ends] == [(1, True), (2, True), (0, True)]
+    steps = [of_slow for _, _, of_slow in ends]
+    assert steps[0] == 0 < steps[1] < steps[2] == 8
+
+
 def test_one_run_is_stopped_and_goes_on_later(run: Run, tiny_base: LocalModel) -> None:
     stopped = Recorder(stop_after=3)
     members = [make_member(make_spec(n_epochs=3), 8), make_member(make_spec(n_epochs=3, seed=4), 8, observer=stopped)]
