@@ -2,8 +2,9 @@
 
 Jobs of tenants are mostly small: some hundred rows, batches of one. A pass over one row leaves the machine half idle,
 so jobs on one base model share their passes (``uora.training.cotraining``). Both sides train the same jobs on the same
-rows, SmolLM2-135M-Instruct in bfloat16, E2E (67 tokens a row as completions, 97 as chat, with the model's default system
-message), batch 1, loading included, in one process and in turn; the claim is in jobs per hour. That the adapters are the same is tested in float32 by tests/uora/training/test_cotraining.py.
+rows of E2E, SmolLM2-135M-Instruct in bfloat16, batch 1, loading included, in one process and in turn; the claim is in
+jobs per hour. A row has 67 tokens as a completion and 97 as chat, with the model's default system message. That the
+adapters are the same is tested in float32 by tests/uora/training/test_cotraining.py.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def _together(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: Training
 def _show(seconds: dict[str, list[float]], steps: dict[str, list[float]], arguments: argparse.Namespace) -> None:
     jobs = arguments.jobs
     table = Table(
-        title=f"{jobs} jobs of {arguments.rows} rows ({arguments.task}), batch 1, on {MODEL}, bfloat16, UORA r={RANK} on "
-        f"all linear layers, loading included; {arguments.threads} threads of {os.cpu_count()} cores"
+        title=f"{jobs} jobs of {arguments.rows} rows ({arguments.task}), batch 1, on {MODEL}, bfloat16, UORA r={RANK} "
+        f"on all linear layers, loading included; {arguments.threads} threads of {os.cpu_count()} cores"
     )
     for column in ("", "s for all", "spread", "jobs per hour", "s per step of a job"):
         table.add_column(column, justify="right" if column else "left")
