@@ -16,11 +16,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import e2e
 from benchmarks.training import CACHE, MODEL, Stopwatch
@@ -50,7 +53,7 @@ def main() -> None:
             watches = run(base, datasets, spec)
             seconds[name].append(time.perf_counter() - begun)
             steps[name].append(statistics.median(lap for watch in watches for lap in watch.seconds[1:]))
-    _show(seconds, steps, arguments)
+    _show(seconds, steps, _operations(base, datasets, spec), arguments)
 
 
 def _arguments() -> argparse.Namespace:
@@ -114,7 +117,35 @@ def _together(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: Training
     return watches
 
 
-def _show(seconds: dict[str, list[float]], steps: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+class _Counter(TorchDispatchMode):
+    """Counts torch's operations that compute something: what a GPU would be told one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func._opname.startswith(("empty", "new_empty", "_unsafe_view")))
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: TrainingSpec) -> dict[str, int]:
+    """Of one step, optimizer included: what a second and a third step add to a run, halved."""
+    counts: dict[str, int] = {}
+    for name, run, jobs in (("alone", _one_by_one, datasets[:1]), ("together", _together, datasets)):
+        found = []
+        for steps in (1, 3):
+            with _Counter() as counter:
+                run(base, [replace(dataset, rows=dataset.rows[:steps]) for dataset in jobs], spec)
+            found.append(counter.count)
+        counts[name] = (found[1] - found[0]) // 2
+    return counts
+
+
+def _show(
+    seconds: dict[str, list[float]],
+    steps: dict[str, list[float]],
+    operations: dict[str, int],
+    arguments: argparse.Namespace,
+) -> None:
     jobs = arguments.jobs
     table = Table(
         title=f"{jobs} jobs of {arguments.rows} rows ({arguments.task}), batch 1, on {MODEL}, bfloat16, UORA r={RANK} "
@@ -131,6 +162,9 @@ def _show(seconds: dict[str, list[float]], steps: dict[str, list[float]], argume
         table.add_row(name, f"{median:.1f}", spread, f"{3600 * jobs / median:.0f}", f"{per_step[name]:.3f}")
     console.print(table)
     console.print(f"Medians of {arguments.repetitions} repetitions, in turn.")
+    console.print(
+        f"Operations of a step: {operations['alone']:,} for one job, {operations['together']:,} for {jobs} together."
+    )
     one, all_ = (statistics.median(found) for found in seconds.values())
     result = {
         "cotrain_speedup": round(one / all_, 3),
@@ -140,6 +174,8 @@ def _show(seconds: dict[str, list[float]], steps: dict[str, list[float]], argume
         "jobs": jobs,
         "rows": arguments.rows,
         "task": arguments.task,
+        "operations_alone": operations["alone"],
+        "operations_together": operations["together"],
         "threads": arguments.threads,
         "cores": os.cpu_count(),
     }
