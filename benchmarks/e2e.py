@@ -1,4 +1,4 @@
-"""Rows of the E2E NLG challenge (CC BY-SA 4.0, Dušek et al. 2020) as conversations."""
+"""Rows of the E2E NLG challenge (CC BY-SA 4.0, Dušek et al. 2020) as training rows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 #: Where ``devset.csv`` (columns mr, ref) lies if not said otherwise.
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "devset.csv"
 
 
-def read_rows(path: Path, count: int) -> list[dict[str, object]]:
+Format = Literal["chat", "completion"]
+
+
+def read_rows(path: Path, count: int, *, as_: Format = "chat") -> list[dict[str, object]]:
     """``count`` rows, spread evenly over the file, which is sorted: a meaning to say, and a text that says it."""
     if not path.is_file():
         sys.exit(f"{path} is not there. It is the E2E challenge's devset.csv; give its place with --data.")
@@ -20,6 +24,8 @@ def read_rows(path: Path, count: int) -> list[dict[str, object]]:
     if count > len(rows):
         sys.exit(f"{path} has {len(rows)} rows, and {count} are needed; take fewer steps.")
     chosen = rows[:: len(rows) // count][:count]
+    if as_ == "completion":
+        return [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in chosen]
     return [
         {"messages": [{"role": "user", "content": row["mr"]}, {"role": "assistant", "content": row["ref"]}]}
         for row in chosen

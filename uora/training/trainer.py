@@ -71,7 +71,7 @@ def train(
 
     The same arguments on the same machine give the same adapter, bit for bit where the processor's kernels do (in
     float32 on CPU they do), whether or not the run was broken and resumed. It seeds the global generators of Python,
-    NumPy and torch and writes nothing to disk but frames and singular vectors.
+    NumPy and torch and writes nothing to disk but what ``cache_dir`` is for.
 
     Under ``torchrun`` each process calls it with the same arguments. They share every batch, so ``batch_size`` is that
     of all together and the adapter is, but for rounding, that of one process. The first one's observer alone is told
@@ -84,7 +84,7 @@ def train(
         validation: rows to evaluate on, after every epoch but at most `MAX_EVALUATIONS` times, or every
             ``options.eval_steps`` steps; after the last step in any case. None for none.
         observer: told of every step, evaluation and state; can stop the run.
-        cache_dir: disk cache of frames and singular vectors; None for none.
+        cache_dir: disk cache of frames, singular vectors and weights in ``dtype``; None for none.
         dtype: of the base model's weights; the adapter and its head are float32 always.
         resume: a state that a run with the same arguments gave to ``observer.on_state``, to go on from; None to start.
             An evaluation that was due at that step is made (again).
@@ -114,7 +114,8 @@ def train(
     batch = LatestBatch()
     with explained_memory_errors(batch):
         run = prepare(
-            spec, base=base, load=partial(load, spec, base=base, dtype=dtype, place=place), training=training,
+            spec, base=base, training=training,
+            load=partial(load, spec, base=base, dtype=dtype, place=place, copies_in=cache_dir),
             validation=validation, cache_dir=cache_dir, resume=resume, warm_start=warm_start,
         )  # fmt: skip
     return train_run(run, FirstProcessObserver(observer), batch, shard=shard)
@@ -129,10 +130,18 @@ class Loaded:
 
 
 def load(
-    spec: TrainingSpec, task: TrainingTask, *, base: LocalModel, dtype: torch.dtype, place: torch.device
+    spec: TrainingSpec,
+    task: TrainingTask,
+    *,
+    base: LocalModel,
+    dtype: torch.dtype,
+    place: torch.device,
+    copies_in: Path | None,
 ) -> Loaded:
     """The base model for a run of its own, whole in one place."""
-    model = load_model(base, dtype=dtype, device=place, task=spec.task, labels=task.labels, seed=spec.seed)
+    model = load_model(
+        base, dtype=dtype, device=place, task=spec.task, labels=task.labels, seed=spec.seed, copies_in=copies_in
+    )
     return Loaded(model, task.splitter(model, packing=spec.options.packing))
 
 

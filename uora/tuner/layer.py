@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uora.delta import Family, delta, frame_tensor, mixed_delta
+from uora.delta import Family, both_frames, delta, frame_tensor, mixed_delta
 from uora.frames import FrameKey, Side
 from uora.reinit import ReinitRule, blend, weights
 from uora.tuner._peft import BufferDict
@@ -81,6 +81,18 @@ class AdapterFrames:
         return self.__dict__ | {"_derived_from": None, "_weight": None, "_blended": {}}
 
 
+def _shares(frames: Sequence[AdapterFrames], *, like: Tensor) -> Tensor | None:
+    """Each adapter's share w of the start frames, ``(adapters, r)``, beside ``like``; None if none has hits."""
+    found = [own.weight() for own in frames]
+    if all(weight is None for weight in found):
+        return None
+    shares = torch.ones(like.shape, device=like.device, dtype=like.dtype)
+    for row, weight in zip(shares, found, strict=True):
+        if weight is not None:
+            row.copy_(weight)
+    return shares
+
+
 class _Factors(NamedTuple):
     """What an update is made of: ``dW = diag(b) B diag(d) A``."""
 
@@ -107,8 +119,12 @@ class UoraLinear(AdditiveLinear):
     def frame_keys(self, adapter_name: str) -> list[FrameKey]:
         """Every frame this layer uses for ``adapter_name``: both sides, start and target."""
         family = self.frames[adapter_name].family
-        sides: tuple[tuple[Side, int], ...] = (("A", self.in_features), ("B", self.out_features))
-        return [family.key(side, generation, features) for side, features in sides for generation in (0, 1)]
+        return [family.key(side, generation, features) for side, features in self._sides for generation in (0, 1)]
+
+    @property
+    def _sides(self) -> tuple[tuple[Side, int], tuple[Side, int]]:
+        """The sides that have a frame, with their features."""
+        return ("A", self.in_features), ("B", self.out_features)
 
     def _factors(self, adapter_name: str, *, like: Tensor) -> _Factors:
         frames = self.frames[adapter_name]
@@ -131,36 +147,29 @@ class UoraLinear(AdditiveLinear):
         return Pair(frames.get("A", self.in_features, like=like), scaled_rows(rows, d, b, dtype=like.dtype))
 
     def joint_update(self, result: Tensor, x: Tensor, joint: Joint) -> Tensor:
-        """As for any method; where all adapters have the same frames, the two products with them are shared too."""
+        """As for any method; all adapters of one family share the two products with its frames too."""
         layers = [self.members[number] for number in joint.members]
         names = [layer.active_adapters[0] for layer in layers]
         frames = [layer.frames[name] for layer, name in zip(layers, names, strict=True)]
-        rows = [own.get("B", self.out_features, like=result) for own in frames]
-        if any(own is not rows[0] for own in rows):
+        family = frames[0].family
+        if any(own.family != family for own in frames):
             return super().joint_update(result, x, joint)
-        a = frames[0].get("A", self.in_features, like=result)
-        z = self.rows.products.project(x.to(a.dtype), a).reshape(len(result), -1)
         d, b = (
             torch.stack([vectors[name] for vectors, name in zip(own, names, strict=True)])
             for own in ([m.uora_lambda_d for m in layers], [m.uora_lambda_b for m in layers])
         )
-        return add_mixed(result, z, rows[0], d, b, joint.owners)
+        share = _shares(frames, like=d)
+        if share is None:
+            a, rows = (frame_tensor(family, side, 0, features, like=result) for side, features in self._sides)
+        else:
+            a, rows = (both_frames(family, side, features, like=result) for side, features in self._sides)
+        z = self.rows.products.project(x.to(a.dtype), a).reshape(len(result), -1)
+        return add_mixed(result, z, rows, d, b, joint.owners, share)
 
     def mixed_update(self, x: Tensor, group: Family, adapter_names: Sequence[str]) -> Tensor:
         """The same with each row's own d, b and w."""
         d, b = (torch.stack([own[name] for name in adapter_names]) for own in (self.uora_lambda_d, self.uora_lambda_b))
-        return mixed_delta(x, group, d=d, b=b, weight=self._row_weights(adapter_names, like=d))
-
-    def _row_weights(self, adapter_names: Sequence[str], *, like: Tensor) -> Tensor | None:
-        """w per row, of the shape of ``like``; None if no row's adapter has hits."""
-        found = [self.frames[name].weight() for name in adapter_names]
-        if all(weight is None for weight in found):
-            return None
-        rows = torch.ones_like(like)
-        for row, weight in enumerate(found):
-            if weight is not None:
-                rows[row] = weight
-        return rows
+        return mixed_delta(x, group, d=d, b=b, weight=_shares([self.frames[name] for name in adapter_names], like=d))
 
     def group_of(self, adapter_name: str) -> Family:
         """Rows of one family share the products with its frames."""

@@ -145,43 +145,74 @@ class _AddPairs(Function):
         return gradient, of_z, None, *of_cs
 
 
-def add_mixed(base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor) -> Tensor:
+def add_mixed(
+    base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor, share: Tensor | None = None
+) -> Tensor:
     """Add ``b * (B (d * z))`` to the base layer's output, in place, every token with its own adapter's d and b.
 
-    Its cost does not grow with the number of adapters, as that of `add_pairs` does.
+    Its cost does not grow with the number of adapters, as that of `add_pairs` does. With ``share`` w, every token has
+    its own adapter's frames too, as in `uora.delta.mixed_delta`: ``z = w z0 + (1 - w) z1``, and likewise B.
 
     Args:
         base: ``(tokens, out)``, which nobody else needs.
-        z: ``A x``, ``(tokens, r)``.
-        rows: frame B as rows, ``(r, out)``, common to all.
+        z: ``A x``, ``(tokens, r)``; with a share z0 and z1 side by side, ``(tokens, 2 r)``.
+        rows: frame B as rows, common to all, ``(r, out)``; with a share B0 above B1, ``(2 r, out)``.
         d: ``(adapters, r)``, float32.
         b: ``(adapters, out)``, float32.
         owners: number of each token's adapter, ``(tokens,)``.
+        share: w, ``(adapters, r)``; None where it is 1.
 
     Returns:
         ``base``, as a part of the graph.
     """
-    return cast(Tensor, _AddMixed.apply(base, z, rows, d, b, owners))
+    return cast(Tensor, _AddMixed.apply(base, z, rows, d, b, owners, share))
 
 
 class _AddMixed(Function):
     """Keeps z, of the size of r; what is of the size of the output is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor) -> Tensor:
-        ctx.save_for_backward(z, rows, d, b, owners)
-        base.addcmul_((z * d.to(z.dtype).index_select(0, owners)) @ rows, b.to(z.dtype).index_select(0, owners))
+    def forward(
+        ctx: Any, base: Tensor, z: Tensor, rows: Tensor, d: Tensor, b: Tensor, owners: Tensor, share: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(z, rows, d, b, owners, share)
+        w = None if share is None else _of_tokens(share, owners, like=z)
+        scaled = _fold(z, w) * _of_tokens(d, owners, like=z)
+        base.addcmul_(_unfold(scaled, w) @ rows, _of_tokens(b, owners, like=z))
         ctx.mark_dirty(base)
         return base
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        z, rows, d, b, owners = ctx.saved_tensors
-        own_d = d.to(z.dtype).index_select(0, owners)
-        of_scaled = (gradient * b.to(z.dtype).index_select(0, owners)) @ rows.T
-        of_b = _sums(((z * own_d) @ rows).mul_(gradient), owners, like=b)
-        return gradient, of_scaled * own_d, None, _sums(of_scaled * z, owners, like=d), of_b, None
+        z, rows, d, b, owners, share = ctx.saved_tensors
+        w = None if share is None else _of_tokens(share, owners, like=z)
+        own_d, folded = _of_tokens(d, owners, like=z), _fold(z, w)
+        of_scaled = _fold((gradient * _of_tokens(b, owners, like=z)) @ rows.T, w)
+        of_b = _sums((_unfold(folded * own_d, w) @ rows).mul_(gradient), owners, like=b)
+        of_d = _sums(of_scaled * folded, owners, like=d)
+        return gradient, _unfold(of_scaled * own_d, w), None, of_d, of_b, None, None
+
+
+def _of_tokens(vectors: Tensor, owners: Tensor, *, like: Tensor) -> Tensor:
+    """Each token's own row of ``vectors``, in the dtype of ``like``."""
+    return vectors.to(like.dtype).index_select(0, owners)
+
+
+def _fold(both: Tensor, w: Tensor | None) -> Tensor:
+    """``w`` of the first half of the columns and ``1 - w`` of the second; all of the whole for None."""
+    if w is None:
+        return both
+    start, target = both.chunk(2, dim=-1)
+    return torch.lerp(target, start, w)
+
+
+def _unfold(values: Tensor, w: Tensor | None) -> Tensor:
+    """The transpose of `_fold`."""
+    if w is None:
+        return values
+    of_start = values * w
+    return torch.cat([of_start, values - of_start], dim=-1)
 
 
 def _sums(values: Tensor, owners: Tensor, *, like: Tensor) -> Tensor:

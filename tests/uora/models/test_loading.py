@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -34,6 +35,7 @@ from uora.models import (
     load_tokenizer,
     pick_dtype,
 )
+from uora.models.mapped import copy_folder
 from uora.spec import Task
 
 
@@ -52,11 +54,43 @@ def test_loaded_model_is_frozen_and_of_the_asked_dtype(tiny_base: LocalModel) ->
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_weights_that_need_no_conversion_stay_in_their_file(tiny_base: LocalModel) -> None:
-    model = load_model(tiny_base, dtype=torch.float32, device="cpu")
-    address = model.get_input_embeddings().weight.data_ptr()
+def test_weights_that_need_no_conversion_stay_in_their_file(tiny_base: LocalModel, tmp_path: Path) -> None:
+    model = load_model(tiny_base, dtype=torch.float32, device="cpu", copies_in=tmp_path)
+    assert file_of(model) == str(tiny_base.directory / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_converted_weights_are_kept_and_mapped_by_later_loads(tiny_base: LocalModel, tmp_path: Path) -> None:
+    converted = load_model(tiny_base, dtype=torch.bfloat16, device="cpu")
+    first, second = (
+        load_model(tiny_base, dtype=torch.bfloat16, device="cpu", copies_in=tmp_path / "cache") for _ in range(2)
+    )
+    assert not file_of(first).endswith(".safetensors")
+    assert file_of(second).startswith(str(tmp_path / "cache"))
+    torch.testing.assert_close(second.state_dict(), converted.state_dict(), rtol=0, atol=0)
+    assert {parameter.dtype for parameter in second.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_loads_where_no_copy_can_be_kept(tiny_base: LocalModel, tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_text("in the way")
+    model = load_model(tiny_base, dtype=torch.bfloat16, device="cpu", copies_in=tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_copy_that_was_not_finished_is_made_again(tiny_base: LocalModel, tmp_path: Path) -> None:
+    folder = copy_folder(tiny_base, torch.bfloat16, cache_dir=tmp_path)
+    leftover = folder.parent / f".{folder.name}-0123"
+    leftover.mkdir(parents=True)
+    load_model(tiny_base, dtype=torch.bfloat16, device="cpu", copies_in=tmp_path)
+    assert folder.is_dir()
+    assert not leftover.exists()
+
+
+def file_of(model: nn.Module) -> str:
+    """The file that the embeddings are mapped from; empty for memory."""
+    address = next(model.parameters()).data_ptr()
     (path,) = [path for (start, end), path in mapped_regions() if start <= address < end]
-    assert path == str(tiny_base.directory / "model.safetensors")
+    return path
 
 
 def mapped_regions() -> Iterator[tuple[tuple[int, int], str]]:
