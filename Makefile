@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# One test at a time for each core, with one thread (tests/conftest.py).
+TESTS_AT_ONCE ?= logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test check bench-train bench-cotrain format lock clean
@@ -27,7 +29,7 @@ up: $(STAMP) ## run the service on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/python -m worker.up
 
 test: check ## everything CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist worksteal
 
 check: $(STAMP) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

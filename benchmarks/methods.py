@@ -109,7 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--prompts", type=int, default=4, help="held-out reviews, each asked of every model")
     parser.add_argument("--tokens", type=int, default=24, help="to generate at most")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.targets, arguments.prompts, arguments.tokens = 2, "q,v", 1, 8

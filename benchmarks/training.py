@@ -300,7 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="of a repetition; the first is not counted")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--data", type=Path, default=e2e.DEFAULT, help="the E2E challenge's devset.csv")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from uora.models import LocalModel
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-_console = Console()
 
 TaskOrAuto = Literal["auto", Task]
 
@@ -57,7 +56,7 @@ def methods(
     with _one_line_errors():
         specs = [_spec(method, targets, rank) for method in METHODS]
         modules = _modules(model, specs[0], task)
-        _console.print(_table(model, specs, modules))
+        Console().print(_table(model, specs, modules))
 
 
 @app.command()
@@ -83,7 +82,7 @@ def validate(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _console.print(render_report(report))
+        Console().print(render_report(report))
     raise typer.Exit(0 if report.trainable else 1)
 
 

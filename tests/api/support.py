@@ -17,6 +17,7 @@ import httpx
 import openai
 import psycopg
 import pytest
+import redis
 import uvicorn
 from alembic import command
 from alembic.config import Config
@@ -30,6 +31,7 @@ from tests.api.engine import ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
 POSTGRES = "127.0.0.1:5432"
+REDIS = "127.0.0.1:6379"
 #: Reading the machine's certificates would take longer than most tests, which have no use for them.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -174,3 +176,32 @@ def empty_database(dialect: str, folder: Path) -> Iterator[str]:
             yield f"postgresql+psycopg://postgres@{POSTGRES}/{name}"
         finally:
             connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@contextmanager
+def empty_broker() -> Iterator[str]:
+    """A Redis database of the test's own, empty again afterwards; gives its URL, and skips the test where Redis does
+    not answer."""
+    urls = [f"redis://{REDIS}/{number}" for number in range(15, 0, -1)]
+    try:
+        url = next((url for url in urls if _claim(url)), None)
+    except redis.ConnectionError as error:
+        pytest.skip(f"NOT TESTED on Redis: {REDIS} does not answer ({error})")
+    assert url, f"no database of the Redis on {REDIS} is empty"
+    try:
+        yield url
+    finally:
+        with redis.Redis.from_url(url) as client:
+            client.flushdb()
+
+
+def _claim(url: str) -> bool:
+    """Whether the database was empty and nobody's; from now on it is the caller's."""
+    mark = "claimed-by-a-test"
+    with redis.Redis.from_url(url, socket_connect_timeout=3) as client:
+        if not client.set(mark, "", nx=True):
+            return False
+        if client.dbsize() == 1:
+            return True
+        client.delete(mark)
+        return False

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import redis
 
-from tests.api.support import empty_database, postgres_refusal
+from tests.api.support import empty_broker, empty_database
 from tests.e2e.support import Running, service
 from tests.tiny import make_tiny_llama
-
-
-def redis_refusal() -> str | None:
-    """Why Redis cannot be used; None if it can."""
-    try:
-        redis.Redis(host="127.0.0.1", socket_connect_timeout=3).ping()
-    except redis.RedisError as error:
-        return f"NOT TESTED on Redis: 127.0.0.1:6379 does not answer ({error})"
-    return None
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +27,7 @@ def running(
         with service(home, base_models, **options) as found:
             yield found
         return
-    refusal = postgres_refusal() or redis_refusal()
-    if refusal:
-        pytest.skip(refusal)
-    broker = redis.Redis(host="127.0.0.1", db=13)
-    assert broker.dbsize() == 0, "Redis database 13 is in use; the test needs an empty one"
-    with empty_database("postgresql", home) as url:
-        try:
-            options |= {"UORA_DATABASE_URL": url, "UORA_BROKER_URL": "redis://127.0.0.1:6379/13"}
-            with service(home, base_models, **options) as found:
-                yield found
-        finally:
-            broker.flushdb()
+    with empty_database("postgresql", home) as url, empty_broker() as broker_url:
+        options |= {"UORA_DATABASE_URL": url, "UORA_BROKER_URL": broker_url}
+        with service(home, base_models, **options) as found:
+            yield found

@@ -43,9 +43,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(tmp_path: Path) -> Settings:
     """Everything below one folder; times short enough for tests."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Settings(
         _env_file=None,
         home=tmp_path / "home",

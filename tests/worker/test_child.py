@@ -67,9 +67,8 @@ def request_(tmp_path: Path, tiny_model: Path) -> ChildRequest:
 
 
 @pytest.fixture
-def child(request_: ChildRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
+def child(request_: ChildRequest) -> Iterator[Child]:
     """A child that waits for its request."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with waiting_child(request_) as process:
         yield process
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import redis
 from pydantic import SecretStr
 
 from api.caller import Caller
@@ -24,6 +23,7 @@ from api.jobs.repository import state_step
 from api.queue import CeleryQueue, TaskName
 from api.settings import Settings
 from api.unit_of_work import open_unit_of_work
+from tests.api.support import empty_broker
 from tests.worker.support import BASE_MODEL, Service, chat_rows, tail, wait_until
 from uora.spec import TrainingOptions
 from worker.progress import is_event_due
@@ -99,28 +99,14 @@ class Processes:
             "UORA_LEASE_TTL": "PT4S",
             "UORA_HEARTBEAT_INTERVAL": "PT0.5S",
             "UORA_SWEEP_INTERVAL": "PT1S",
-            "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self.temporary),
         }
 
 
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
-    """An empty database of the local Redis, empty again afterwards."""
-    try:
-        for number in range(15, 0, -1):
-            url = f"redis://127.0.0.1:6379/{number}"
-            client = redis.Redis.from_url(url)
-            if client.dbsize() == 0:
-                break
-        else:
-            pytest.skip("NOT TESTED on Redis: no empty database on 127.0.0.1:6379")
-    except redis.ConnectionError as error:
-        pytest.skip(f"NOT TESTED on Redis: none answers on 127.0.0.1:6379 ({error})")
-    yield url
-    for key in client.scan_iter():
-        client.delete(key)
-    client.close()
+    with empty_broker() as url:
+        yield url
 
 
 EMBEDDED = "embedded"
