@@ -79,3 +79,6 @@ def frozen_bytes(model: nn.Module) -> int:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # As a job's own process ends: torch's threads have been seen to abort a process that took itself down in order.
+    sys.stdout.flush()
+    os._exit(0)
