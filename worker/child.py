@@ -35,7 +35,8 @@ if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a req
 
 logger = logging.getLogger(__name__)
 
-#: In a run of several processes: how long it takes at most to hear why another one has left.
+#: In a run of several processes, an error may be the echo of another one's end, or be everybody's: how long the first
+#: process waits for the one who knows better.
 _ECHO_SECONDS = 1.0
 
 
@@ -49,8 +50,8 @@ class ReportingObserver:
             number: as reports name it.
             work_dir: for artifacts and states.
             stream: for reports.
-            echo_seconds: how long an error waits to be reported that may only be the echo of another process's end,
-                which would end this process meanwhile.
+            echo_seconds: how long an error waits to be reported that may be the echo of another process's end, which
+                would end this process meanwhile.
         """
         self._number = number
         self._work_dir = work_dir
@@ -197,6 +198,7 @@ def _stop_all(observers: Iterable[ReportingObserver]) -> None:
 
 def _end_with(report: Failed, observers: Sequence[ReportingObserver]) -> NoReturn:
     """Another process of the run failed, and waits to be ended."""
+    time.sleep(_ECHO_SECONDS)  # most errors are all processes', and this one reports its state before its own
     observers[report.run].end(report)
     os._exit(0)
 

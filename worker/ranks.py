@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NoReturn, cast
 
+from pydantic import ValidationError
+
 from worker.child_process import COMMAND
 from worker.messages import ChildRequest, Failed, parse_report
 
@@ -52,9 +54,10 @@ def _accompany(process: subprocess.Popen[str], request: ChildRequest, failed: Ca
         stdin.write(request.model_dump_json() + "\n")
         stdin.flush()
     for line in stdout:
-        report = parse_report(line)
-        if isinstance(report, Failed):
-            failed(report)
+        with suppress(ValidationError):  # whatever else it is, it is no error
+            report = parse_report(line)
+            if isinstance(report, Failed):
+                failed(report)
     _end_as(process.wait())
 
 

@@ -80,8 +80,10 @@ def test_a_paused_and_resumed_job_comes_to_the_adapter_of_one_process(
 
     more = {"rows": 7, "n_epochs": 10, "training_options": OPTIONS, "cotraining_key": KEY}
     job_id, other = service.add_job(**more), service.add_job(**more)
-    with training(held, job_id):
+    with training(held, job_id) as processes:
+        addresses = {each.laddr.ip for process in processes for each in process.net_connections("inet")}
         service.update(job_id, pause_requested=True)
+    assert addresses == {"127.0.0.1"}  # none is open to the network
     assert service.job(job_id).status == "paused"
     service.update(job_id, status="queued", pause_requested=False)
     train(held, job_id)
