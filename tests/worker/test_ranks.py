@@ -35,7 +35,7 @@ OPTIONS = TrainingOptions(save_steps=5)
 @pytest.fixture
 def held(service: Service, tiny_model: Path) -> Resources:
     """A trainer with two processes a job."""
-    return service.resources(training_processes=2, base_models={BASE_MODEL: f"path:{tiny_model}"})
+    return service.resources(training_processes=2, torch_threads=0, base_models={BASE_MODEL: f"path:{tiny_model}"})
 
 
 @contextmanager
@@ -111,6 +111,9 @@ def test_a_paused_and_resumed_job_comes_to_the_adapter_of_one_process(
 def test_one_that_is_killed_takes_the_others_along(service: Service, held: Resources, victim: int) -> None:
     job_id = service.add_job(rows=40, n_epochs=50, training_options=OPTIONS)
     with training(held, job_id) as processes:
+        processes[1].terminate()  # as by a service manager, to all at once: the first one is to say what happens
+        step = progress_step(held, job_id)
+        wait_until(lambda: progress_step(held, job_id) > step + OPTIONS.save_steps, what="more steps")
         killed = time.monotonic()
         processes[victim].send_signal(signal.SIGKILL)
     took = time.monotonic() - killed
@@ -130,7 +133,7 @@ def test_a_bad_row_is_told_as_it_is(service: Service, held: Resources) -> None:
     error = service.job(job_id).error
     assert error is not None
     assert (error["code"], error["param"]) == ("missing_messages", "training_file")
-    assert "line 3" in error["message"]
+    assert "Line 3" in error["message"]
 
 
 @pytest.mark.parametrize(
