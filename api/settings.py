@@ -57,7 +57,7 @@ class Settings(DatabaseSettings):
 
     #: "auto" takes bfloat16 where the processor has it, else float32.
     dtype: str = Field(default="auto", pattern="^(auto|bfloat16|float32)$")
-    #: torch threads of a trainer or engine; 0 leaves torch's own choice.
+    #: torch threads of an engine or of each process of a training; 0 leaves torch's own choice, shared among those.
     torch_threads: int = Field(default=0, ge=0)
     #: Whether a trainer that has had a job keeps a process for the next one, with torch and transformers imported: it
     #: begins seconds earlier, for some 400 MB of memory meanwhile.
@@ -65,6 +65,10 @@ class Settings(DatabaseSettings):
     #: Jobs that a trainer takes at once where they can share their passes (``uora.spec.cotraining_key``); 1 trains each
     #: by itself.
     cotrain_jobs: int = Field(default=8, ge=1)
+
+    #: Processes that a trainer trains a job in, sharing each batch: one per GPU of its machine. With several, jobs are
+    #: trained one by one.
+    training_processes: int = Field(default=1, ge=1)
 
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
     #: Every other request body.

@@ -1,6 +1,7 @@
 """Training runs on one base model in a process: ``python -m worker.child``, started by ``worker.supervisor``.
 
-A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here.
+A crash, an out-of-memory kill or a cancel ends this process and not the worker, and CUDA is touched only here and in
+the processes that share its run (``worker.ranks``).
 The request comes as the first line on stdin, which may be long after the start: what takes seconds to import is
 imported meanwhile. Later lines stop single runs; that stdin stays open means that the parent is alive. Reports leave on
 a private copy of stdout; the real one leads to stderr, so that no library's print can get between them.
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from uora.artifact import loads
 from worker import failures
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Run, Started, State, Step, Stop, Stopped
+from worker.ranks import start_others
 
 if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a request
     from uora.training import Evaluation, StepMetrics, TrainingResult
@@ -33,15 +36,29 @@ if TYPE_CHECKING:  # torch takes seconds to load and is not needed to read a req
 
 logger = logging.getLogger(__name__)
 
+#: In a run of several processes, an error may be the echo of another one's end, or be everybody's: how long the first
+#: process waits for the one who knows better.
+_ECHO_SECONDS = 1.0
+
 
 class ReportingObserver:
     """``uora.training.TrainingObserver`` that writes a line per report, artifacts and states into the work folder."""
 
-    def __init__(self, number: int, work_dir: Path, stream: TextIO) -> None:
-        """For the run of this ``number`` in the request."""
+    def __init__(self, number: int, work_dir: Path, stream: TextIO, *, echo_seconds: float = 0) -> None:
+        """For the run of this ``number`` in the request.
+
+        Args:
+            number: as reports name it.
+            work_dir: for artifacts and states.
+            stream: for reports.
+            echo_seconds: how long an error waits to be reported that may be the echo of another process's end, which
+                would end this process meanwhile.
+        """
         self._number = number
         self._work_dir = work_dir
         self._stream = stream
+        self._echo_seconds = echo_seconds
+        self._lock = threading.RLock()
         self._total_steps: int | None = None
         self._states = 0
         self._stopped = False
@@ -77,11 +94,11 @@ class ReportingObserver:
 
     def on_stopped(self) -> None:
         """Report that the run stopped as it was asked to."""
-        self._end(Stopped(run=self._number))
+        self.end(Stopped(run=self._number))
 
     def on_done(self, result: TrainingResult) -> None:
         """Store the final adapter and report it."""
-        self._end(
+        self.end(
             Done(
                 run=self._number,
                 file=self._store("final.safetensors", result.artifact),
@@ -95,7 +112,17 @@ class ReportingObserver:
 
     def on_error(self, error: Exception, *, param: str | None) -> None:
         """Report why there will be no adapter."""
-        self._end(Failed(run=self._number, failure=failures.describe(error, param=param)))
+        failure = failures.describe(error, param=param)
+        if failure.kind is failures.FailureKind.PLATFORM:
+            time.sleep(self._echo_seconds)
+        self.end(Failed(run=self._number, failure=failure))
+
+    def end(self, report: Report) -> None:
+        """Report how the run ended, unless it has been: in several processes, the first to fail tells why."""
+        with self._lock:
+            if not self.has_ended:
+                self._send(report)
+                self.has_ended = True
 
     def should_stop(self) -> bool:
         """Whether `stop` was called."""
@@ -109,13 +136,10 @@ class ReportingObserver:
         (self._work_dir / file).write_bytes(content)
         return file
 
-    def _end(self, report: Report) -> None:
-        self.has_ended = True
-        self._send(report)
-
     def _send(self, report: Report) -> None:
-        self._stream.write(report.model_dump_json() + "\n")
-        self._stream.flush()
+        with self._lock:
+            self._stream.write(report.model_dump_json() + "\n")
+            self._stream.flush()
 
 
 def main() -> int:
@@ -130,12 +154,23 @@ def main() -> int:
         return 1
     request = ChildRequest.model_validate_json(line)
     os.chdir(request.work_dir)
-    observers = [ReportingObserver(number, run.work_dir, stream) for number, run in enumerate(request.runs)]
-    threading.Thread(target=_obey, args=(lines, observers, request.work_dir), daemon=True).start()
+    echo_seconds = _ECHO_SECONDS if request.processes > 1 else 0
+    observers = [
+        ReportingObserver(number, run.work_dir, stream, echo_seconds=echo_seconds)
+        for number, run in enumerate(request.runs)
+    ]
+    obeying = threading.Thread(target=_obey, args=(lines, observers, request.work_dir), daemon=True)
+    obeying.start()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: _stop_all(observers))
+    if request.rank == 0:
+        signal.signal(signal.SIGTERM, lambda *_: _stop_all(observers))
+        start_others(request, failed=lambda report: _end_with(report, observers))
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first process is asked, and all of them stop
     imports.join()
     _run(request, observers)
+    if request.rank > 0:
+        obeying.join()  # the first one may still talk to it, so it leaves with it
     return 0
 
 
@@ -160,6 +195,13 @@ def _stop_all(observers: Iterable[ReportingObserver]) -> None:
         observer.stop()
     if not any(observer.has_begun for observer in observers):
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _end_with(report: Failed, observers: Sequence[ReportingObserver]) -> NoReturn:
+    """Another process of the run failed, and waits to be ended."""
+    time.sleep(_ECHO_SECONDS)  # most errors are all processes', and this one reports its state before its own
+    observers[report.run].end(report)
+    os._exit(0)
 
 
 def _import() -> None:
@@ -221,6 +263,8 @@ def _train(request: ChildRequest, members: Mapping[int, Member], *, ended: EndCa
 
     if request.torch_threads:
         torch.set_num_threads(request.torch_threads)
+    if request.processes > 1:
+        _join(request)
     common = {
         "base": fetch(request.base_model, request.base_source, cache_dir=request.cache_dir),
         "cache_dir": request.cache_dir,
@@ -230,6 +274,16 @@ def _train(request: ChildRequest, members: Mapping[int, Member], *, ended: EndCa
         return
     for number, member in members.items():
         ended(number, _train_alone(member, common))
+
+
+def _join(request: ChildRequest) -> None:
+    import torch
+
+    from uora.training import processes
+
+    if not request.torch_threads:
+        torch.set_num_threads(max(1, torch.get_num_threads() // request.processes))
+    processes.join(request.work_dir / "meeting", rank=request.rank, of=request.processes)
 
 
 def _train_together(members: Mapping[int, Member], common: dict[str, Any], *, ended: EndCallback) -> bool:
@@ -289,8 +343,8 @@ def _take_stdout() -> TextIO:
 
 
 def _leave_with_parent(work_dir: Path) -> NoReturn:
-    shutil.rmtree(work_dir, ignore_errors=True)  # nobody else will
-    if os.getpgrp() == os.getpid():  # started as leader: take along whatever was started from here
+    if os.getpgrp() == os.getpid():  # the parent was the worker: take along what it left, and whatever was started here
+        shutil.rmtree(work_dir, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 

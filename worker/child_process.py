@@ -31,7 +31,7 @@ _PASSED = frozenset(
 )
 _PASSED_PREFIXES = (
     *("LC_", "XDG_", "HF_", "PIP_"),
-    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "TORCH", "PYTORCH_"),
+    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_"),
 )
 
 #: -P: what lies in the work folder is data, not code.
@@ -116,9 +116,11 @@ class ChildProcess:
         self._process.send_signal(signal.SIGTERM)
 
     def sample_memory(self) -> None:
-        """Look at what the child holds now, for `peak_bytes`."""
+        """Look at what the child and those it started hold now, for `peak_bytes`."""
         with suppress(psutil.Error):  # it has just ended
-            self.peak_bytes = max(self.peak_bytes, psutil.Process(self.pid).memory_info().rss)
+            child = psutil.Process(self.pid)
+            held = sum(process.memory_info().rss for process in (child, *child.children()))
+            self.peak_bytes = max(self.peak_bytes, held)
 
     def stop(self, grace: timedelta) -> None:
         """SIGTERM to the child and all it started, SIGKILL ``grace`` later; harmless when it has ended."""

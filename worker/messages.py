@@ -47,8 +47,12 @@ class ChildRequest(_Message):
     work_dir: Path
     cache_dir: Path
     dtype: str
-    #: 0 leaves torch's own choice.
+    #: Of each process; 0 leaves torch's own choice, divided by ``processes``.
     torch_threads: int
+    #: That share each batch; several train one run and no more.
+    processes: int = 1
+    #: Which of them the child is; the first, 0, starts the others.
+    rank: int = 0
 
 
 class Stop(_Message):

@@ -1,14 +1,17 @@
 """What the processes of one run tell each other; alone, a process tells itself.
 
-Under ``torchrun`` every process has the whole model, unless it is sharded (``uora.training.sharding``), and reads all
-rows in the same order; of each batch it takes every ``world_size()``-th row.
+Under ``torchrun``, or once they have joined, every process has the whole model, unless it is sharded
+(``uora.training.sharding``), and reads all rows in the same order; of each batch it takes each ``world_size()``-th.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
 from torch import distributed
 
 from uora.models import Batch
@@ -16,6 +19,31 @@ from uora.training.loss import MeterT
 from uora.training.observer import Evaluation, StepMetrics, TrainingObserver
 
 T = TypeVar("T")
+
+
+def join(meeting: Path, *, rank: int, of: int) -> None:
+    """What ``torchrun`` does otherwise, for processes of one machine: let them find each other.
+
+    They meet at a file and talk within the machine, so that none listens to the network. Called in each of them before
+    `uora.training.train`; returns when all have.
+
+    Args:
+        meeting: a file in an existing folder; there is none before the first of them comes.
+        rank: this process's number, from 0.
+        of: how many there are, at least two.
+    """
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(of),
+        "LOCAL_WORLD_SIZE": str(of),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # accelerate would choose again
+    }
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=of)
 
 
 def local_rank() -> int:

@@ -40,7 +40,8 @@ def train(held: Resources, job_id: str) -> None:
     if lease is None:
         return
     try:
-        others = claim_companions(held.sessions, lease, at_most=settings.cotrain_jobs - 1, ttl=settings.lease_ttl)
+        at_most = settings.cotrain_jobs - 1 if settings.training_processes == 1 else 0
+        others = claim_companions(held.sessions, lease, at_most=at_most, ttl=settings.lease_ttl)
         _train(held, [lease, *others])
     finally:
         if settings.spare_trainer:
@@ -162,6 +163,7 @@ def _request(held: Resources, ready: Sequence[_Ready], work_dir: Path) -> ChildR
         cache_dir=settings.cache_dir,
         dtype=settings.dtype,
         torch_threads=settings.torch_threads,
+        processes=settings.training_processes,
     )
 
 
