@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uora.delta import delta
+from uora.reinit import blend
 from uora.tuner.pairs import Segment, SharedProducts, add_mixed, add_pairs, scaled_rows
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7))  # r, in, out
@@ -81,6 +82,32 @@ def test_several_adapters_are_each_on_its_own_tokens(shape: tuple[int, int, int]
     for found in (mixed, paired):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert_equal(gradients(found, *leaves), expected_gradients)
+
+
+@given(sizes, token_counts)
+def test_adapters_that_were_hit_have_each_its_own_blend_of_the_frames(
+    shape: tuple[int, int, int], counts: list[int]
+) -> None:
+    """Against a loop over the adapters, each with its blended frames."""
+    r, n_in, n_out = shape
+    tokens, n = sum(counts), len(counts)
+    x, base, d, b = leaves = [normal(i, *s).float().detach().requires_grad_() for i, s in enumerate(
+        [(tokens, n_in), (tokens, n_out), (n, r), (n, n_out)]
+    )]  # fmt: skip
+    a, rows = normal(8, 2, r, n_in, trained=False).float(), normal(9, 2, r, n_out, trained=False).float()
+    share = torch.rand(n, r, generator=torch.Generator().manual_seed(10))
+
+    expected = torch.cat(
+        [
+            base[s.start : s.stop] + delta(x[s.start : s.stop], blend(*a, share[i]), blend(*rows, share[i]), d[i], b[i])
+            for i, s in enumerate(segments_of(counts))
+        ]
+    )
+    owners = torch.arange(n).repeat_interleave(torch.tensor(counts))
+    found = add_mixed(base.clone(), F.linear(x, a.flatten(0, 1)), rows.flatten(0, 1), d, b, owners, share)
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_equal(gradients(found, *leaves), gradients(expected, *leaves))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
