@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from api.settings import Settings
 from tests.worker.support import BASE_MODEL, Service
+from worker.child_process import ChildProcess
 
 POSTGRES = "postgresql+psycopg://postgres@127.0.0.1:5432"
 
@@ -77,3 +78,17 @@ def any_service(request: pytest.FixtureRequest, settings: Settings) -> Iterator[
     service = Service(settings)
     yield service
     service.close()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildProcess]:
+    """Every child, in the order of their starts."""
+    children: list[ChildProcess] = []
+    start = ChildProcess.start
+
+    def remember() -> ChildProcess:
+        children.append(start())
+        return children[-1]
+
+    monkeypatch.setattr(ChildProcess, "start", remember)
+    return children

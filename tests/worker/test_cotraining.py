@@ -50,20 +50,6 @@ def held(any_service: Service) -> Resources:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildProcess]:
-    """Every child, in the order of their starts."""
-    children: list[ChildProcess] = []
-    start = ChildProcess.start
-
-    def remember() -> ChildProcess:
-        children.append(start())
-        return children[-1]
-
-    monkeypatch.setattr(ChildProcess, "start", remember)
-    return children
-
-
-@pytest.fixture
 def _without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "COMMAND", fake_training.COMMAND)
 

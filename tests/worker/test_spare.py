@@ -36,20 +36,6 @@ def held(service: Service) -> Iterator[Resources]:
     held.spare.close()
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildProcess]:
-    """Every child, in the order of their starts."""
-    children: list[ChildProcess] = []
-    start = ChildProcess.start
-
-    def remember() -> ChildProcess:
-        children.append(start())
-        return children[-1]
-
-    monkeypatch.setattr(ChildProcess, "start", remember)
-    return children
-
-
 def assert_succeeded(service: Service, *job_ids: str) -> None:
     assert [service.job(job_id).status for job_id in job_ids] == ["succeeded"] * len(job_ids)
 

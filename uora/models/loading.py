@@ -74,16 +74,19 @@ def load_model(
     if options or torch.device(device).type != "cpu":
         copies_in = None
     copy = copies_in and copy_folder(local, dtype, cache_dir=copies_in)
+    # A copy belongs to weights, which models with different configurations may have in common.
+    of_copy = {"config": _config(local)} if copy and copy.is_dir() else {}
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             model, report = _MODEL_CLASSES[task].from_pretrained(
-                copy if copy and copy.is_dir() else local.directory,
+                copy if of_copy else local.directory,
                 dtype=dtype,
                 local_files_only=True,
                 ignore_mismatched_sizes=bool(options),  # a classifier of other classes
                 output_loading_info=True,
                 **options,
+                **of_copy,
             )
     except _UNUSABLE as error:
         raise BaseModelError(f"The base model {local.name!r} cannot be loaded: {last_line(error)}") from error
@@ -99,7 +102,7 @@ def load_model(
             f"The base model {local.name!r} lacks {len(new)} weights of a language model, the first is {min(new)}. "
             f"For the task {task} use a model that generates text."
         )
-    if copies_in and copy and not copy.is_dir():
+    if copies_in and not of_copy:
         keep_copy(model, local, cache_dir=copies_in)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_converted_weights_are_kept_and_mapped_by_later_loads(tiny_base: LocalMo
     assert file_of(second).startswith(str(tmp_path / "cache"))
     torch.testing.assert_close(second.state_dict(), converted.state_dict(), rtol=0, atol=0)
     assert {parameter.dtype for parameter in second.parameters()} == {torch.bfloat16}
+
+
+def test_a_copy_takes_no_other_models_configuration(tiny_base: LocalModel, tmp_path: Path) -> None:
+    """Two models may have the same weights and, say, other positions."""
+    other = LocalModel("other", tmp_path / "other", tiny_base.digest)
+    shutil.copytree(tiny_base.directory, other.directory)
+    config = json.loads((other.directory / "config.json").read_text())
+    (other.directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    for base, context in ((tiny_base, 1024), (other, 77)):
+        model = load_model(base, dtype=torch.bfloat16, device="cpu", copies_in=tmp_path / "cache")
+        assert model.config.max_position_embeddings == context
+    assert file_of(model).startswith(str(tmp_path / "cache"))
 
 
 def test_a_model_loads_where_no_copy_can_be_kept(tiny_base: LocalModel, tmp_path: Path) -> None:
