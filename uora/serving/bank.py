@@ -1,20 +1,25 @@
-"""Adapters of one base model, of any methods, as rows of stacked tensors.
+"""Adapters of one base model, of any methods, mixed freely in one batch.
 
-Each family of adapters (``uora.serving.families``) has its stacks: for every adapted layer the numbers of its adapters,
-one row each. A batch gathers one row per request, so its cost does not depend on how many adapters it mixes. Row 0 of
-every stack is zero and stands for "this layer is not adapted".
+Every adapter is a row of its own (``uora.serving.rows``), in the precision that the model computes in. Those of a batch
+are laid side by side when its composition changes, and each family of adapters (``uora.serving.families``) computes the
+updates of all its rows with the same products, so that the cost does not depend on how many adapters a batch mixes, or
+on how many there are.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from uora import targets
 from uora.artifact import Artifact, Manifest
@@ -22,11 +27,10 @@ from uora.errors import AdapterNotFoundError, ArtifactError
 from uora.frames import check_fingerprint
 from uora.methods import adapter_fingerprint, check_modules
 from uora.quantised import keep_weight_layout
-from uora.serving.families import ServingFamily, family_of
+from uora.serving.families import FamilyBatch, ServingFamily, family_of
+from uora.serving.products import product
+from uora.serving.rows import Row
 from uora.svd import BaseWeights
-
-#: Rows that a stack grows by at least.
-_CHUNK = 16
 
 
 class HeadStore(Protocol):
@@ -39,77 +43,69 @@ class HeadStore(Protocol):
         """Free it."""
 
 
-class _Stack:
-    """Rows of equal shape that grow in chunks; row 0 is zero."""
-
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        self.rows = torch.zeros(_CHUNK, *shape, device=device)
-
-    def put(self, row: int, values: Tensor) -> None:
-        """Write one row, growing as needed. Stacks double, so that a row is copied a constant number of times."""
-        if row >= len(self.rows):
-            grown = max(row + 1, 2 * len(self.rows))
-            self.rows = torch.cat([self.rows, self.rows.new_zeros(grown - len(self.rows), *self.rows.shape[1:])])
-        self.rows[row] = values
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """``(len(rows), ...)``; rows never written are zero."""
-        return self.rows[rows * (rows < len(self.rows))]
-
-    def clear(self, row: int) -> None:
-        """Zero a row."""
-        if row < len(self.rows):
-            self.rows[row].zero_()
-
-
-@dataclass
-class _FamilyRows:
-    """Everything resident of one family."""
-
-    family: ServingFamily
-    #: Module -> name of its numbers -> rows.
-    stacks: dict[str, dict[str, _Stack]] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)  # digest -> row
-    free: list[int] = field(default_factory=list)
-    #: Which numbers each row has; some adapters do without some.
-    names: dict[int, frozenset[str]] = field(default_factory=dict)
-
-    def put(self, artifact: Artifact, device: torch.device) -> None:
-        """Write an adapter into a row that no other uses; row 0 is never given away."""
-        row = self.free.pop() if self.free else len(self.rows) + 1
-        names: set[str] = set()
-        for module, numbers in self.family.rows(artifact):
-            stacks = self.stacks.setdefault(module, {})
-            for name, values in numbers.items():
-                stacks.setdefault(name, _Stack(values.shape, device)).put(row, values)
-            names |= numbers.keys()
-        self.rows[artifact.manifest.digest] = row
-        self.names[row] = frozenset(names)
-
-    def remove(self, digest: str) -> None:
-        """Free a row, zeroed in every layer: the next adapter there may leave some of these layers alone."""
-        row = self.rows.pop(digest)
-        del self.names[row]
-        for stacks in self.stacks.values():
-            for stack in stacks.values():
-                stack.clear(row)
-        self.free.append(row)
-
-
 @dataclass(frozen=True)
 class _Group:
     """The rows of one batch that belong to one family."""
 
-    members: _FamilyRows
-    batch_rows: Tensor | None  # (k,) positions in the batch; None when it is the whole batch
-    bank_rows: Tensor  # (k,)
-    names: frozenset[str]  # numbers that any of them has
+    batch: FamilyBatch
+    places: Tensor | None  # (k,) their places in the batch; None when they are the whole batch
 
-    def update(self, module: str, x: Tensor) -> Tensor:
-        """Updates of these rows, ``(k, ..., out)``, from the whole batch's activations."""
-        stacks = self.members.stacks[module]
-        numbers = {name: stacks[name].gather(self.bank_rows) for name in self.names & stacks.keys()}
-        return self.members.family.update(module, x if self.batch_rows is None else x[self.batch_rows], numbers)
+    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
+        """Add these rows' updates to ``outs``, each ``(rows, n, out)``, of modules that all read ``x``."""
+        adapted = [(module, out) for module, out in zip(modules, outs, strict=True) if module in self.batch]
+        if not adapted:
+            return
+        own = x if self.places is None else x.index_select(0, self.places)
+        updates = self.batch.updates([module for module, _ in adapted], own)
+        for (_, out), (update, factor) in zip(adapted, updates, strict=True):
+            if self.places is not None:
+                out.index_add_(0, self.places, update if factor is None else update * factor)
+            elif factor is None:
+                out.add_(update)
+            else:
+                out.addcmul_(update, factor)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Whose row stands where in a batch: made when requests join or leave, used for all steps in between."""
+
+    rows: tuple[Row | None, ...]
+    groups: tuple[_Group, ...]
+    #: Tokens of each row where a batch is its tokens end to end; None where the rows are the first dimension.
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Rows, or tokens where the batch is its tokens end to end."""
+        return len(self.rows) if self.lengths is None else sum(self.lengths)
+
+    def spread(self, lengths: Sequence[int]) -> Composition:
+        """For a batch that is its tokens end to end, ``lengths[i]`` of row i."""
+        if self.lengths == tuple(lengths):
+            return self
+        if max(lengths) == 1:
+            return Composition(self.rows, self.groups, tuple(lengths))
+        starts = list(accumulate(lengths, initial=0))
+        groups = []
+        for group in self.groups:
+            members = range(len(lengths)) if group.places is None else group.places.tolist()
+            batch = group.batch.spread([lengths[row] for row in members])
+            places = None
+            if group.places is not None:
+                tokens = [place for row in members for place in range(starts[row], starts[row + 1])]
+                places = torch.tensor(tokens, device=group.places.device)
+            groups.append(_Group(batch, places))
+        return Composition(self.rows, tuple(groups), tuple(lengths))
+
+    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
+        """Add to the outputs ``(..., out)`` of ``modules``, which all read ``x (..., in)``, each row's own update."""
+        if not self.groups:
+            return
+        x = x.reshape(self.size, -1, x.shape[-1])
+        views = [out.view(self.size, -1, out.shape[-1]) for out in outs]
+        for group in self.groups:
+            group.add(modules, x, views)
 
 
 class BankedLinear(nn.Module):
@@ -118,9 +114,10 @@ class BankedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, name: str, bank: AdapterBank) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._name = name
+        self.name = name
         # A list hides the bank from nn.Module, which would count it as a part of every layer.
         self._bank = [bank]
+        self._product = product(base_layer.weight, base_layer.bias) if type(base_layer) is nn.Linear else base_layer
 
     @property
     def weight(self) -> Tensor:
@@ -128,21 +125,40 @@ class BankedLinear(nn.Module):
         return self.base_layer.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(rows, ..., in)`` to ``(rows, ..., out)``."""
+        """``(..., in)`` to ``(..., out)``."""
         # A slice such as the last position would make torch copy the weight once per row (0.9 GB for a head of
         # 49,152 tokens and 16 rows) where copying the activations costs nothing.
         x = x.contiguous()
-        result: Tensor = self.base_layer(x)
-        for group in self._bank[0].groups:
-            if self._name in group.members.stacks:
-                update = group.update(self._name, x)
-                rows = group.batch_rows
-                result = result + update if rows is None else result.index_add(0, rows, update)
+        result: Tensor = self._product(x)
+        self._bank[0].add([self.name], x, [result])
         return result
 
 
+class _Pool:
+    """Rows within a budget of bytes; the one that was used least recently goes first."""
+
+    def __init__(self, budget: int | None) -> None:
+        self._budget = budget
+        self.rows: OrderedDict[str, Row] = OrderedDict()
+        self.bytes = 0
+
+    def put(self, row: Row) -> list[str]:
+        """Take a row in; returns the digests of those that had to go. The newest stays whatever its size."""
+        self.rows[row.digest] = row
+        self.bytes += row.bytes
+        gone = []
+        while self._budget is not None and self.bytes > self._budget and len(self.rows) > 1:
+            digest = next(iter(self.rows))
+            self.remove(digest)
+            gone.append(digest)
+        return gone
+
+    def remove(self, digest: str) -> None:
+        self.bytes -= self.rows.pop(digest).bytes
+
+
 class AdapterBank:
-    """All adapters of one base model. Not thread-safe: one thread puts, removes and runs the model."""
+    """All adapters of one base model. Threads may put, remove and look up; one thread runs the model."""
 
     def __init__(
         self,
@@ -152,6 +168,7 @@ class AdapterBank:
         cache_dir: Path | None = None,
         weights: BaseWeights | None = None,
         heads: HeadStore | None = None,
+        budget: int | None = None,
     ) -> None:
         """Put a `BankedLinear` in the place of every linear layer of ``model``.
 
@@ -161,16 +178,24 @@ class AdapterBank:
             cache_dir: disk cache of frames and singular vectors, where ``weights`` brings none.
             weights: the base model's own weights; None takes them from ``model``, as it is.
             heads: where heads of classifiers go; None where there are none.
+            budget: bytes for adapters; vectors and matrices (LoRA) have half each, so that neither drives out the
+                other. Beyond it, those used least recently go. None keeps all.
         """
         self.base_digest = base_digest
-        self.groups: tuple[_Group, ...] = ()
-        #: Manifests of the resident adapters by digest.
         self.manifests: dict[str, Manifest] = {}
+        #: Whose rows the running forward has; nothing between forwards.
+        self.composition: Composition | None = None
+        self._outputs: Composition | None = None
         self._model = model
         self._base = weights or BaseWeights.of_model(model, digest=base_digest, cache_dir=cache_dir)
         self._heads = heads
-        self._families: dict[ServingFamily, _FamilyRows] = {}
-        self._device = next(model.parameters()).device
+        share = None if budget is None else budget // 2
+        self._pools = {heavy: _Pool(share) for heavy in (False, True)}
+        self._lock = threading.RLock()
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        self._output_name = _output_name(model)
         keep_weight_layout(model)
         for name in targets.linears(model):
             parent_name, _, attribute = name.rpartition(".")
@@ -181,6 +206,11 @@ class AdapterBank:
 
     def __len__(self) -> int:
         return len(self.manifests)
+
+    @property
+    def bytes(self) -> int:
+        """What the resident rows take in memory."""
+        return sum(pool.bytes for pool in self._pools.values())
 
     def check(self, manifest: Manifest) -> None:
         """Make sure that an adapter belongs to this base model, and that what it shares is the same here.
@@ -200,26 +230,70 @@ class AdapterBank:
         found = adapter_fingerprint(manifest.adapter, manifest.modules, self._base)
         check_fingerprint(manifest.fingerprint, found)
 
+    def row_of(self, artifact: Artifact) -> Row:
+        """An adapter as this bank would have it, without taking it in."""
+        numbers = family_of(artifact.manifest.adapter, self._base).numbers(artifact)
+        in_place = {name: tensor.to(self._device, self._dtype) for name, tensor in numbers.items()}
+        return Row(artifact.manifest, in_place)
+
     def put(self, artifact: Artifact) -> None:
         """Make a checked adapter resident; one that is resident already stays as it is.
 
         Raises:
             ShapeError: its head is of another kind of model.
         """
-        manifest = artifact.manifest
-        if manifest.digest in self:
+        if artifact.manifest.digest in self:
             return
-        if self._heads is not None:
-            self._heads.put(artifact)  # before the rows: it refuses heads of another model
-        family = family_of(manifest.adapter, self._base)
-        self._families.setdefault(family, _FamilyRows(family)).put(artifact, self._device)
-        self.manifests[manifest.digest] = manifest
+        row = self.row_of(artifact)
+        with self._lock:
+            if row.digest in self:
+                return
+            if self._heads is not None:
+                self._heads.put(artifact)  # before the row: it refuses heads of another model
+            self.manifests[row.digest] = row.manifest
+            for digest in self._pool(row.manifest).put(row):
+                self._forget(digest)
+
+    def row(self, digest: str) -> Row:
+        """A resident adapter's row, which the caller may keep.
+
+        Raises:
+            AdapterNotFoundError: it is not resident.
+        """
+        with self._lock:
+            manifest = self.manifests.get(digest)
+            if manifest is None:
+                raise AdapterNotFoundError(f"Adapter {digest[:16]}... is not resident; put it into the bank first.")
+            rows = self._pool(manifest).rows
+            rows.move_to_end(digest)
+            return rows[digest]
 
     def remove(self, digest: str) -> None:
-        """Free an adapter's row. No running request may use it."""
-        self._families[family_of(self.manifests.pop(digest).adapter, self._base)].remove(digest)
+        """Let an adapter go. Requests that hold its row go on with it."""
+        with self._lock:
+            self._pool(self.manifests[digest]).remove(digest)
+            self._forget(digest)
+
+    def _forget(self, digest: str) -> None:
+        del self.manifests[digest]
         if self._heads is not None:
             self._heads.remove(digest)
+
+    def _pool(self, manifest: Manifest) -> _Pool:
+        return self._pools[family_of(manifest.adapter, self._base).heavy]
+
+    def compose(self, rows: Sequence[Row | None]) -> Composition:
+        """Lay the rows of a batch side by side; None is the base model."""
+        members: dict[ServingFamily, list[int]] = {}
+        for place, row in enumerate(rows):
+            if row is not None:
+                members.setdefault(family_of(row.manifest.adapter, self._base), []).append(place)
+        groups = []
+        for family, places in members.items():
+            batch = family.batch([row for place in places if (row := rows[place]) is not None])
+            whole = len(places) == len(rows)
+            groups.append(_Group(batch, None if whole else torch.tensor(places, device=self._device)))
+        return Composition(tuple(rows), tuple(groups))
 
     @contextmanager
     def serving(self, digests: Sequence[str | None]) -> Iterator[None]:
@@ -228,30 +302,31 @@ class AdapterBank:
         Raises:
             AdapterNotFoundError: a digest is not resident.
         """
-        self.groups = self._group(digests)
+        with self.running(self.compose([None if digest is None else self.row(digest) for digest in digests])):
+            yield
+
+    @contextmanager
+    def running(self, composition: Composition, outputs: Composition | None = None) -> Iterator[None]:
+        """Within the context, forwards are of this batch.
+
+        Args:
+            composition: the batch.
+            outputs: the rows whose tokens the output embeddings are given, if not all.
+        """
+        self.composition, self._outputs = composition, outputs or composition
         try:
             yield
         finally:  # whatever happens, no later batch may see these rows
-            self.groups = ()
+            self.composition = self._outputs = None
 
-    def _group(self, digests: Sequence[str | None]) -> tuple[_Group, ...]:
-        members: dict[ServingFamily, list[tuple[int, int]]] = {}
-        for batch_row, digest in enumerate(digests):
-            if digest is None:
-                continue
-            manifest = self.manifests.get(digest)
-            if manifest is None:
-                raise AdapterNotFoundError(f"Adapter {digest[:16]}... is not resident; put it into the bank first.")
-            family = family_of(manifest.adapter, self._base)
-            members.setdefault(family, []).append((batch_row, self._families[family].rows[digest]))
-        return tuple(self._group_of(family, rows, len(digests)) for family, rows in members.items())
+    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
+        """Add the running batch's updates, as `Composition.add` does."""
+        composition = self._outputs if modules[0] == self._output_name else self.composition
+        if composition is not None:
+            composition.add(modules, x, outs)
 
-    def _group_of(self, family: ServingFamily, rows: list[tuple[int, int]], batch: int) -> _Group:
-        members = self._families[family]
-        batch_rows, bank_rows = zip(*rows, strict=True)
-        return _Group(
-            members,
-            batch_rows=None if len(rows) == batch else torch.tensor(batch_rows, device=self._device),
-            bank_rows=torch.tensor(bank_rows, device=self._device),
-            names=frozenset().union(*(members.names[row] for row in bank_rows)),
-        )
+
+def _output_name(model: nn.Module) -> str | None:
+    """The name of the output embeddings; None if there are none."""
+    found = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, module in model.named_modules() if module is found), None) if found else None

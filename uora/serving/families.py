@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, assert_never
+from typing import Protocol, Self, assert_never
 
 import numpy as np
 import torch
@@ -19,24 +19,41 @@ from torch import Tensor
 
 from uora.artifact import Artifact
 from uora.convert import scale
-from uora.delta import Family, mixed_delta
+from uora.delta import Family
 from uora.layout import VERA_INIT, Array, pair_rank
+from uora.serving.products import down_product, up_product
+from uora.serving.rows import Row, Stack
 from uora.spec import AdapterSpec, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 from uora.svd import BaseWeights, osora_update
 
-#: Name of the only number of a row that it may do without: most adapters have had no hits.
-TARGET = "target"
+#: An update is the product, times the factor where there is one.
+Update = tuple[Tensor, Tensor | None]
+
+
+class FamilyBatch(Protocol):
+    """The rows of one family in a batch."""
+
+    def __contains__(self, module: str) -> bool:
+        """Whether any row adapts the module."""
+
+    def spread(self, lengths: Sequence[int]) -> Self:
+        """Row i repeated ``lengths[i]`` times: as many rows as there are tokens."""
+
+    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+        """Updates of modules that all read ``x (rows, n, in)``, each ``(rows, n, out)``, in the dtype of ``x``."""
 
 
 class ServingFamily(Protocol):
-    """Hashable: adapters of equal families go into the same stacks."""
+    """Hashable: rows of equal families can be one `FamilyBatch`."""
 
-    def rows(self, artifact: Artifact) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Each module's name with the numbers that the adapter's row has there, float32."""
+    #: Whether its rows hold matrices, many times the size of vectors.
+    heavy: bool
 
-    def update(self, module: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """Updates ``(rows, ..., out)`` for activations ``(rows, ..., in)``, in their dtype; ``rows`` as from `rows`,
-        with a first dimension for the rows."""
+    def numbers(self, artifact: Artifact) -> dict[str, Tensor]:
+        """An adapter's row, float32, as `Row` describes it."""
+
+    def batch(self, rows: Sequence[Row]) -> FamilyBatch:
+        """Lay rows side by side. Done when a batch's composition changes, not in its steps."""
 
 
 def family_of(spec: AdapterSpec, base: BaseWeights) -> ServingFamily:
@@ -59,23 +76,83 @@ class FrameFamily:
     """Rows over the same frames."""
 
     frames: Family
+    heavy = False
 
-    def rows(self, artifact: Artifact) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """d ``(r,)``, b ``(out,)``, and the target frames' share ``1 - w (r,)`` if there were hits.
+    def numbers(self, artifact: Artifact) -> dict[str, Tensor]:
+        """d ``(modules, r)``, b, and the target frames' share ``1 - w (modules, r)`` if there were hits.
 
-        The share and not w, so that a row without one, which is zero in the stack, stays with the start frames.
+        The share and not w, so that a row without one, which is zero in a stack, stays with the start frames.
         """
+        found = {name: _tensor(artifact.tensors[name]) for name in ("d", "b")}
         weights = artifact.weights()
-        for index, (module, own) in enumerate(artifact.parts()):
-            row = {"d": _tensor(own["d"]), "b": _tensor(own["b"])}
-            if weights is not None:
-                row[TARGET] = _tensor(1 - weights[index])
-            yield module.name, row
+        return found if weights is None else found | {"share": _tensor(1 - weights)}
 
-    def update(self, module: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """``b * (B (d * (A x)))`` with each row's own blend of the frames."""
-        weight = 1 - rows[TARGET] if TARGET in rows else None
-        return mixed_delta(x, self.frames, d=rows["d"], b=rows["b"], weight=weight)
+    def batch(self, rows: Sequence[Row]) -> FrameBatch:
+        """Both frames take part as soon as one row has hits."""
+        stack = Stack(rows)
+        outs = {name: module.out_features for name, module in stack.shapes.items()}
+        b = stack.flat("b", {name: (out,) for name, out in outs.items()})
+        d = stack.stacked("d").unsqueeze(2)
+        if not stack.has("share"):
+            return FrameBatch(self.frames, stack.index, blend=None, scale=d, b=b)
+        share = stack.stacked("share")
+        blend = torch.stack([1 - share, share], dim=2)
+        return FrameBatch(self.frames, stack.index, blend=blend, scale=blend * d, b=b)
+
+
+class FrameBatch:
+    """``b * (B (d * (A x)))`` with each row's own blend of the frames.
+
+    With w the start frames' share, ``A_row = w A0 + (1 - w) A1`` and likewise B, so that both frames of a side are one
+    product each::
+
+        s = w * A0 x + (1 - w) * A1 x,    y = b * [B0 B1] [w * d * s, (1 - w) * d * s]
+    """
+
+    def __init__(
+        self, frames: Family, index: dict[str, int], *, blend: Tensor | None, scale: Tensor, b: dict[str, Tensor]
+    ) -> None:
+        """
+        Args:
+            frames: shared by all rows.
+            index: the modules' places.
+            blend: ``(rows, modules, 2, r)``, w and 1 - w; None if no row has hits.
+            scale: ``(rows, modules, frames, r)``, d times the blend.
+            b: of each module, ``(rows, out)``.
+        """
+        self._frames, self._index, self._blend, self._scale, self._b = frames, index, blend, scale, b
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._index
+
+    def spread(self, lengths: Sequence[int]) -> FrameBatch:
+        """Row i repeated ``lengths[i]`` times."""
+        index = _repeats(lengths, self._scale.device)
+        blend = None if self._blend is None else self._blend.index_select(0, index)
+        b = {module: rows.index_select(0, index) for module, rows in self._b.items()}
+        return FrameBatch(self._frames, self._index, blend=blend, scale=self._scale.index_select(0, index), b=b)
+
+    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+        """The product with A is one for all modules."""
+        both = self._blend is not None
+        rows, n, features = x.shape
+        down = down_product(self._frames, features, both=both, like=x)(x)
+        down = down.view(rows, n, 1, -1, self._frames.r)
+        places = self._places(modules)
+        if self._blend is not None:
+            down = (down * self._blend[:, None, places].to(x.dtype)).sum(3, keepdim=True)
+        scaled = (down * self._scale[:, None, places].to(x.dtype)).flatten(3)  # (rows, n, modules, frames * r)
+        for place, module in enumerate(modules):
+            b = self._b[module]
+            up = up_product(self._frames, b.shape[-1], both=both, like=x)
+            yield up(scaled[:, :, place]), b.unsqueeze(1).to(x.dtype)
+
+    def _places(self, modules: Sequence[str]) -> slice | list[int]:
+        """Where the modules are; mostly side by side or evenly spaced, which costs no copy."""
+        places = [self._index[module] for module in modules]
+        step = places[1] - places[0] if len(places) > 1 else 1
+        even = list(range(places[0], places[-1] + 1, step)) if step > 0 else []
+        return slice(places[0], places[-1] + 1, step) if even == places else places
 
 
 @dataclass(frozen=True)
@@ -84,17 +161,43 @@ class SingularFamily:
 
     r: int
     base: BaseWeights = field(compare=False)
+    heavy = False
 
-    def rows(self, artifact: Artifact) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """``o - 1 (out,)`` and ``s - s0 (r,)``: zero where nothing is adapted."""
-        for module, own in artifact.parts():
-            start = self.base.factors(module.name, self.r).s
-            yield module.name, {"o": _tensor(own["o"]) - 1, "s": _tensor(own["s"]) - start}
+    def numbers(self, artifact: Artifact) -> dict[str, Tensor]:
+        """``s - s0 (modules, r)`` and ``o - 1``: zero where nothing is adapted."""
+        start = np.stack([_array(self.base.factors(m.name, self.r).s) for m in artifact.manifest.modules])
+        return {"s": _tensor(artifact.tensors["s"] - start), "o": _tensor(artifact.tensors["o"] - 1)}
 
-    def update(self, module: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """``o * (U (s * (V x))) - U (s0 * (V x))``."""
-        factors = self.base.factors(module, self.r)
-        return osora_update(x, factors, rows["o"] + 1, rows["s"] + factors.s.to(x.device))
+    def batch(self, rows: Sequence[Row]) -> SingularBatch:
+        """The vectors side by side."""
+        stack = Stack(rows)
+        o = stack.flat("o", {name: (module.out_features,) for name, module in stack.shapes.items()})
+        s = stack.stacked("s")
+        return SingularBatch(self, {name: (o[name], s[:, place]) for name, place in stack.index.items()})
+
+
+@dataclass(frozen=True)
+class SingularBatch:
+    """``o * (U (s * (V x))) - U (s0 * (V x))``; of each module o - 1 ``(rows, out)`` and s - s0 ``(rows, r)``."""
+
+    family: SingularFamily
+    vectors: dict[str, tuple[Tensor, Tensor]]
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.vectors
+
+    def spread(self, lengths: Sequence[int]) -> SingularBatch:
+        """Row i repeated ``lengths[i]`` times."""
+        index = _repeats(lengths, next(iter(self.vectors.values()))[0].device)
+        spread = {name: (o.index_select(0, index), s.index_select(0, index)) for name, (o, s) in self.vectors.items()}
+        return SingularBatch(self.family, spread)
+
+    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+        """Every layer has singular vectors of its own."""
+        for module in modules:
+            o, s = self.vectors[module]
+            factors = self.family.base.factors(module, self.family.r)
+            yield osora_update(x, factors, o.float() + 1, s.float() + factors.s.to(x.device)), None
 
 
 @dataclass(frozen=True)
@@ -102,20 +205,67 @@ class PairFamily:
     """Rows with a pair of matrices each."""
 
     rank: int
+    heavy = True
 
-    def rows(self, artifact: Artifact) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """a ``(rank, in)`` and b ``(out, rank)``, LoRA's scale in it."""
+    def numbers(self, artifact: Artifact) -> dict[str, Tensor]:
+        """Both matrices, LoRA's scale in b."""
         size = scale(artifact)
-        for module, own in artifact.parts():
-            yield module.name, {"a": _tensor(own["lora_a"]), "b": _tensor(own["lora_b"]) * (size.alpha / size.rank)}
+        a, b = (_tensor(artifact.tensors[name]) for name in ("lora_a", "lora_b"))
+        return {"a": a, "b": b * (size.alpha / size.rank)}
 
-    def update(self, module: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """``b (a x)``, a product per row."""
-        positions = x.reshape(x.shape[0], -1, x.shape[-1])  # (rows, n, in)
-        down = torch.bmm(positions, rows["a"].to(x.dtype).transpose(1, 2))
-        up = torch.bmm(down, rows["b"].to(x.dtype).transpose(1, 2))
-        return up.reshape(*x.shape[:-1], up.shape[-1])
+    def batch(self, rows: Sequence[Row]) -> PairBatch:
+        """The pairs side by side."""
+        stack = Stack(rows)
+        a = stack.flat("a", {name: (self.rank, module.in_features) for name, module in stack.shapes.items()})
+        b = stack.flat("b", {name: (module.out_features, self.rank) for name, module in stack.shapes.items()})
+        return PairBatch({name: (a[name], b[name]) for name in a})
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """``b (a x)``, a product per row; of each module a ``(rows, rank, in)`` and b ``(rows, out, rank)``.
+
+    ``lengths`` are the rows' tokens where a batch is its tokens end to end. Matrices are too large to be repeated for
+    every token of a prompt, as vectors are.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    lengths: tuple[int, ...] | None = None
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.pairs
+
+    def spread(self, lengths: Sequence[int]) -> PairBatch:
+        """Row i repeated ``lengths[i]`` times."""
+        return PairBatch(self.pairs, tuple(lengths))
+
+    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+        """No row's product is another's."""
+        for module in modules:
+            a, b = (matrix.to(x.dtype) for matrix in self.pairs[module])
+            if self.lengths is None or max(self.lengths) == 1:
+                yield _pair_products(x, a, b), None
+                continue
+            parts = [
+                _pair_products(own.transpose(0, 1), a[row : row + 1], b[row : row + 1]).transpose(0, 1)
+                for row, own in enumerate(x.split(self.lengths))
+            ]
+            yield torch.cat(parts), None
+
+
+def _pair_products(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``(rows, n, in)`` to ``(rows, n, out)``."""
+    return torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+
+
+def _repeats(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Row numbers, each as often as its row is repeated."""
+    return torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
 
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: the artifact's may be read-only
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().numpy()

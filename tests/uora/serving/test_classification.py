@@ -147,7 +147,8 @@ def test_a_removed_or_unknown_adapter_is_never_answered_by_another(trained: Trai
     for digest in (first, "0" * 64):
         with pytest.raises(AdapterNotFoundError):
             served.classifier.predict(["saw axe", "fig"], [second, digest])
-    assert served.heads.digests == served.bank.groups == ()
+    assert served.heads.digests == ()
+    assert served.bank.composition is None
     assert served.classifier.predict(["saw axe"], [second]) == expected
     served.bank.put(served.runs[0].artifact)
     assert served.classifier.predict(["saw axe", "fig"], [second, first])
@@ -161,7 +162,8 @@ def test_a_failed_forward_leaves_nothing(texts: Served, monkeypatch: pytest.Monk
         patched.setattr(Heads, "module", fail)
         with pytest.raises(MemoryError):
             texts.classifier.predict(["fig"], texts.digests[:1])
-    assert texts.heads.digests == texts.bank.groups == ()
+    assert texts.heads.digests == ()
+    assert texts.bank.composition is None
 
 
 def test_an_adapter_without_a_head_gives_no_classes(trained: TrainCase) -> None:
