@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uora.artifact import Artifact
+from uora.folders import new_folder
 from uora.frames import FrameKey, Side, check_fingerprint, fingerprint, frame
 from uora.layout import VERA_INIT, ModuleShape, pair_rank
 from uora.reinit import blend
@@ -144,11 +145,25 @@ def lora_config(artifact: Artifact) -> dict[str, object]:
 def write_lora(
     artifact: Artifact, directory: Path, *, base: BaseWeights | None = None, cache_dir: Path | None = None
 ) -> None:
-    """Write the equal LoRA as a PEFT directory; arguments and errors of `pairs`."""
+    """Write the equal LoRA as a PEFT directory, new or empty; arguments and errors of `pairs`.
+
+    Raises:
+        ExportError: something is in the directory already.
+    """
+    with new_folder(directory) as scratch:
+        for name, content in lora_files(artifact, base=base, cache_dir=cache_dir).items():
+            (scratch / name).write_bytes(content)
+
+
+def lora_files(
+    artifact: Artifact, *, base: BaseWeights | None = None, cache_dir: Path | None = None
+) -> dict[str, bytes]:
+    """The files of a PEFT directory by their names; arguments and errors of `pairs`."""
     tensors = lora_tensors(artifact, base=base, cache_dir=cache_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(lora_config(artifact), indent=2) + "\n")
+    return {
+        "adapter_config.json": (json.dumps(lora_config(artifact), indent=2) + "\n").encode(),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def lora_bytes(shapes: Sequence[tuple[int, int]], r: int, bytes_per_number: int = 4) -> int:
