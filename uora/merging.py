@@ -59,7 +59,8 @@ def write_merged(
         for file in local.directory.iterdir():
             if _is_copied(file.name):
                 shutil.copyfile(file, scratch / file.name)
-        model.save_pretrained(scratch)  # over the base model's configuration
+        # Over the base model's configuration. Names of weights as in its files, which quantised ones do not have again.
+        model.save_pretrained(scratch, save_original_format=not _is_quantised(local))
 
 
 def merged_dtype(local: LocalModel) -> torch.dtype:
@@ -110,11 +111,9 @@ def _add(model: PreTrainedModel, name: str, update: Tensor, *, dtype: torch.dtyp
     weight = cast(Tensor, layer.weight)
     merged = (weight.float() + (update.T if isinstance(layer, Conv1D) else update)).to(dtype)
     if not torch.isfinite(merged).all():
-        raise NonFiniteError(
-            f"The merged weight of {name} is not finite in {dtype}. Choose bfloat16 or float32."
-        )
+        raise NonFiniteError(f"The merged weight of {name} is not finite in {dtype}. Choose bfloat16 or float32.")
     layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-    if layer is model.get_output_embeddings():
+    if layer is cast(Any, model).get_output_embeddings():
         model.config.tie_word_embeddings = False
 
 
