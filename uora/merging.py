@@ -19,6 +19,7 @@ from uora.errors import ArtifactError, ExportError, NonFiniteError
 from uora.folders import new_folder
 from uora.methods import check_modules
 from uora.models import LocalModel, load_model
+from uora.models.logs import quiet
 from uora.models.mapped import stored_dtype
 from uora.models.sources import MODEL_FILES, RECORD
 from uora.svd import BaseWeights
@@ -60,7 +61,8 @@ def write_merged(
             if _is_copied(file.name):
                 shutil.copyfile(file, scratch / file.name)
         # Over the base model's configuration. Names of weights as in its files, which quantised ones do not have again.
-        model.save_pretrained(scratch, save_original_format=not _is_quantised(local))
+        with quiet():
+            model.save_pretrained(scratch, save_original_format=not _is_quantised(local))
 
 
 def merged_dtype(local: LocalModel) -> torch.dtype:
@@ -76,7 +78,8 @@ def merge(
     stored = torch.float32 if _is_quantised(local) else stored_dtype(local)
     model = load_model(local, dtype=stored, device="cpu", task=manifest.task, labels=manifest.labels)
     if _is_quantised(local):
-        model = cast(PreTrainedModel, cast(Any, model).dequantize())
+        with quiet():
+            model = cast(PreTrainedModel, cast(Any, model).dequantize())
     check_modules(model, manifest)
     _place_head(model, artifact)
     base = BaseWeights.of_local(local, manifest.task, cache_dir)  # the exact ones, read only if they are needed
@@ -91,7 +94,7 @@ def _check_base(manifest: Manifest, local: LocalModel) -> None:
     if manifest.base_digest != local.digest:
         raise ArtifactError(
             f"The adapter was trained on {manifest.base_model!r} with digest {manifest.base_digest[:16]}...; "
-            f"{local.name!r} has {local.digest[:16]}.... Name the model it was trained on with --model."
+            f"{local.name!r} has {local.digest[:16]}.... Use the one that it was trained on."
         )
 
 
