@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from uora.artifact import stored_bytes
+from uora.artifact import Artifact, loads, stored_bytes
 from uora.data import DatasetReport, Overlong, build_report, detect_task, unreadable_report
-from uora.errors import DataError, UoraError
+from uora.errors import BaseModelError, DataError, ExportError, UoraError
 from uora.layout import ModuleShape, trainable_parameters
 from uora.reportview import render_report
 from uora.spec import (
@@ -22,6 +22,7 @@ from uora.spec import (
     AdapterSpec,
     HyperparameterRequest,
     LoraSpec,
+    OsoraSpec,
     Task,
     TrainingOptions,
     TrainingSpec,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 TaskOrAuto = Literal["auto", Task]
+ExportForm = Literal["lora", "merged", "uora"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @app.callback()
@@ -84,6 +87,76 @@ def validate(
     else:
         Console().print(render_report(report))
     raise typer.Exit(0 if report.trainable else 1)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A stored adapter.")],
+    out: Annotated[Path, typer.Argument(help="A new directory; for uora a new file.")],
+    to: Annotated[
+        ExportForm, typer.Option(help="lora: a PEFT directory; merged: a whole model; uora: a verified copy.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The base model, if the name in the adapter does not say where it is.")
+    ] = None,
+    dtype: Annotated[
+        ExportDtype | None, typer.Option(help="Of a merged model; as the base is stored, or bfloat16 if quantised.")
+    ] = None,
+) -> None:
+    """Write a fine-tuned model for other servers (docs/handover.md)."""
+    with _one_line_errors():
+        if dtype and to != "merged":
+            raise ExportError(f"--dtype is of merged models only; leave it out for {to}.")
+        content = adapter.read_bytes()
+        artifact = loads(content)
+        if to == "lora":
+            _export_lora(artifact, out, model)
+        elif to == "merged":
+            _export_merged(artifact, out, model, dtype)
+        else:
+            _write_new(out, content)
+    typer.echo(f"{out}: {_size(out):,} bytes")
+
+
+def _export_lora(artifact: Artifact, out: Path, model: str | None) -> None:
+    from uora.convert import write_lora
+
+    base = None
+    if isinstance(artifact.manifest.adapter, OsoraSpec):  # the only one that stands on the weights
+        from uora.svd import BaseWeights
+
+        base = BaseWeights.of_local(_base_of(artifact, model), artifact.manifest.task, _cache_dir())
+    write_lora(artifact, out, base=base, cache_dir=_cache_dir())
+
+
+def _export_merged(artifact: Artifact, out: Path, model: str | None, dtype: ExportDtype | None) -> None:
+    import torch
+
+    from uora.merging import write_merged
+
+    chosen = None if dtype is None else getattr(torch, dtype)
+    write_merged(artifact, out, local=_base_of(artifact, model), dtype=chosen, cache_dir=_cache_dir())
+
+
+def _base_of(artifact: Artifact, model: str | None) -> LocalModel:
+    try:
+        return _fetch(model or artifact.manifest.base_model)
+    except BaseModelError as error:
+        raise BaseModelError(f"{error.message} --model says where the base model is.") from error
+
+
+def _write_new(out: Path, content: bytes) -> None:
+    try:
+        with out.open("xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise ExportError(
+            f"{out} cannot be made: {error.strerror}. Name a new file in a directory there is."
+        ) from error
+
+
+def _size(out: Path) -> int:
+    return sum(file.stat().st_size for file in (out.iterdir() if out.is_dir() else [out]))
 
 
 @contextmanager
@@ -160,8 +233,11 @@ def _fetch(model: str) -> LocalModel:
     from uora.models import fetch
 
     source = model if ":" in model else f"known:{model}"
-    cache_dir = Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
-    return fetch(model, source, cache_dir=cache_dir)
+    return fetch(model, source, cache_dir=_cache_dir())
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
 
 
 def _table(model: str, specs: list[AdapterSpec], modules: list[ModuleShape]) -> Table:

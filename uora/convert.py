@@ -1,4 +1,5 @@
 """Exact conversion of every method to plain LoRA, for stock PEFT and every LoRA server: no SVD, no approximation.
+Free of torch.
 
 | method | lora_A | lora_B | rank |
 |---|---|---|---|
@@ -10,25 +11,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from uora.artifact import Artifact
+from uora.folders import new_folder
 from uora.frames import FrameKey, Side, check_fingerprint, fingerprint, frame
 from uora.layout import VERA_INIT, ModuleShape, pair_rank
 from uora.reinit import blend
 from uora.spec import FrameInit, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 
-if TYPE_CHECKING:
-    from uora.svd import BaseWeights
-
 Float32 = NDArray[np.float32]
+
+
+class BaseWeights(Protocol):
+    """What an osora adapter stands on (``uora.svd.BaseWeights``, which needs torch)."""
+
+    def fingerprint(self, names: Iterable[str], r: int) -> dict[str, list[float]]:
+        """Probes of the singular vectors of these layers."""
+
+    def pair(self, name: str, o: Float32, s: Float32) -> tuple[Float32, Float32]:
+        """A layer's update as LoRA has it: a ``(2r, in)``, b ``(out, 2r)``."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,13 @@ def _frame_pairs(artifact: Artifact, seed: int, init: FrameInit, cache_dir: Path
     check_fingerprint(artifact.manifest.fingerprint, fingerprint(artifact.manifest.frame_keys(), cache_dir))
     r = artifact.manifest.adapter.r
     weights = artifact.weights()
+    built = cache(partial(frame, cache_dir=cache_dir))  # layers of one size share theirs
 
     def blended(side: Side, features: int, index: int) -> Float32:
         start, target = (FrameKey(seed, side, generation, r, features, init) for generation in (0, 1))
         if weights is None:
-            return frame(start, cache_dir)
-        return blend(frame(start, cache_dir), frame(target, cache_dir), weights[index])
+            return built(start)
+        return blend(built(start), built(target), weights[index])
 
     for index, (module, own) in enumerate(artifact.parts()):
         a = blended("A", module.in_features, index)
@@ -101,14 +112,12 @@ def _frame_pairs(artifact: Artifact, seed: int, init: FrameInit, cache_dir: Path
 
 
 def _singular_pairs(artifact: Artifact, spec: OsoraSpec, base: BaseWeights | None) -> Iterator[Pair]:
-    from uora.svd import osora_pair  # it needs torch
-
     if base is None:
         raise ValueError("an osora adapter is converted with its base model's weights; give base")
     names = [module.name for module in artifact.manifest.modules]
     check_fingerprint(artifact.manifest.fingerprint, base.fingerprint(names, spec.r))
     for module, own in artifact.parts():
-        a, b = osora_pair(base.factors(module.name, spec.r), own["o"], own["s"])
+        a, b = base.pair(module.name, own["o"], own["s"])
         yield Pair(module, a, b)
 
 
@@ -144,11 +153,25 @@ def lora_config(artifact: Artifact) -> dict[str, object]:
 def write_lora(
     artifact: Artifact, directory: Path, *, base: BaseWeights | None = None, cache_dir: Path | None = None
 ) -> None:
-    """Write the equal LoRA as a PEFT directory; arguments and errors of `pairs`."""
+    """Write the equal LoRA as a PEFT directory, new or empty; arguments and errors of `pairs`.
+
+    Raises:
+        ExportError: something is in the directory already.
+    """
+    with new_folder(directory) as scratch:
+        for name, content in lora_files(artifact, base=base, cache_dir=cache_dir).items():
+            (scratch / name).write_bytes(content)
+
+
+def lora_files(
+    artifact: Artifact, *, base: BaseWeights | None = None, cache_dir: Path | None = None
+) -> dict[str, bytes]:
+    """The files of a PEFT directory by their names; arguments and errors of `pairs`."""
     tensors = lora_tensors(artifact, base=base, cache_dir=cache_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(lora_config(artifact), indent=2) + "\n")
+    return {
+        "adapter_config.json": (json.dumps(lora_config(artifact), indent=2) + "\n").encode(),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def lora_bytes(shapes: Sequence[tuple[int, int]], r: int, bytes_per_number: int = 4) -> int:

@@ -12,6 +12,7 @@ UoraError                     code, param: stable names a service can pass on
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
   ├── StateError              the state of a run that cannot be gone on from
   ├── OutOfMemory             a training that needs more memory than there is
+  ├── ExportError             an export that cannot be made, or not where it should go
   └── ArtifactError           a stored adapter that must not be served
         ├── FormatError           not an adapter
         │     └── NewerFormatError  an adapter of a newer format version
@@ -120,6 +121,12 @@ class OutOfMemory(UoraError):
     """A training that needs more memory than there is."""
 
     code = "out_of_memory"
+
+
+class ExportError(UoraError):
+    """An export that cannot be made, or not where it should go."""
+
+    code = "export_failed"
 
 
 class ArtifactError(UoraError):

@@ -262,6 +262,10 @@ class BaseWeights:
             found |= {name: self._make(model, name, r) for name in missing}
         return {name: found[name] for name in names}
 
+    def pair(self, name: str, o: Float32, s: Float32) -> tuple[Float32, Float32]:
+        """An adapter's update of one layer as LoRA has it (see `osora_pair`); errors of `all_factors`."""
+        return osora_pair(self.factors(name, len(s)), o, s)
+
     def _find(self, name: str, r: int) -> Factors | None:
         factors = self._factors.get((name, r))
         if factors is None and (path := self._path(name, r)) and (stored := diskcache.read(path)):

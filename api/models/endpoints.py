@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep
 from api.models import service
+from api.models.downloads import AdapterFormat
 from api.models.schemas import Model, ModelDeleted
 from api.pagination import ListObject
 
 router = APIRouter(prefix="/models", tags=["models"])
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": _BINARY, "application/zip": _BINARY}}
+}
 
 
 @router.get("")
@@ -18,6 +27,21 @@ def list_models(caller: CallerDep, session: ReadSessionDep, resources: Resources
     """List the project's fine-tuned models and the base models."""
     models = service.list_models(session, caller, base_models=resources.settings.base_models)
     return ListObject.whole(models)
+
+
+# Before the next route, whose name of a model takes the rest of the path.
+@router.get("/{model:path}/adapter", response_class=Response, responses=_ADAPTER_CONTENT)
+def get_adapter(
+    model: str,
+    caller: CallerDep,
+    session: ReadSessionDep,
+    resources: ResourcesDep,
+    format: AdapterFormat = "uora",
+) -> Response:
+    """Download a fine-tuned model: as it is stored, or a zip of the equal LoRA as PEFT reads it."""
+    download = service.download(session, caller, name=model, base_models=resources.settings.base_models, form=format)
+    headers = {"ETag": f'"{download.etag}"', "Content-Disposition": f'attachment; filename="{download.filename}"'}
+    return Response(download.content, media_type=download.media_type, headers=headers)
 
 
 @router.get("/{model:path}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from api.caller import Caller
-from api.errors import ModelNotFound, PermissionDenied
+from api.errors import InvalidRequest, ModelNotFound, PermissionDenied
+from api.models.downloads import AdapterFormat, Download, make_download
 from api.models.models import Adapter
 from api.models.repository import AdapterRepository
 from api.models.schemas import Model
@@ -75,6 +76,20 @@ def resolve(session: Session, caller: Caller, *, name: str, base_models: Collect
         adapter=AdapterRef(id=adapter.id, digest=adapter.digest),
         task=adapter.manifest.get("task", "chat"),
     )
+
+
+def download(
+    session: Session, caller: Caller, *, name: str, base_models: Collection[str], form: AdapterFormat
+) -> Download:
+    """A fine-tuned model, checkpoints included, to take away.
+
+    Raises:
+        InvalidRequest: it is a base model, or cannot be had in this form.
+        ModelNotFound: there is none in the project.
+    """
+    if name in base_models:
+        raise InvalidRequest(f"{name!r} is a base model; only fine-tuned models have an adapter.", param="model")
+    return make_download(_get_adapter(session, caller, name), form)
 
 
 def delete(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
 from openai import OpenAI
 
 from api.jobs.models import JobStatus
+from api.models.models import Adapter
 from api.models.service import checkpoint_name, model_name
+from tests.api.adapters import make_adapter
 from tests.api.rows import add_adapter, add_job
-from tests.api.support import Service
+from tests.api.support import ROOT, Service
+from uora.artifact import loads
+from uora.convert import write_lora
+from uora.spec import MethodName
 
 
 @dataclass(frozen=True)
@@ -89,3 +101,79 @@ def test_a_name_of_another_project_is_unknown(service: Service, tuned: Tuned) ->
                 call(name)
             assert caught.value.code == "model_not_found"
     assert service.client().models.retrieve(tuned.final).id == tuned.final
+
+
+def store(service: Service, name: str, content: bytes) -> str:
+    """Let a model have a real adapter; its digest."""
+    digest = loads(content).manifest.digest
+    with service.sessions.begin() as session:
+        row = session.query(Adapter).filter_by(id=name).one()
+        row.artifact, row.digest = content, digest
+    return digest
+
+
+def test_an_adapter_is_downloaded_as_it_is_stored(service: Service, tuned: Tuned) -> None:
+    digest = store(service, tuned.final, make_adapter())
+    answer = service.http().get(f"/v1/models/{tuned.final}/adapter")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/octet-stream")
+    assert answer.content == make_adapter()
+    assert answer.headers["etag"] == f'"{digest}"'
+    named = re.sub("[:/]+", "-", tuned.final)
+    assert answer.headers["content-disposition"] == f'attachment; filename="{named}.safetensors"'
+    assert service.http().get(f"/v1/models/{tuned.first}/adapter").content == b"vectors of 5"
+
+
+@pytest.mark.parametrize("method", ["uora", "vera", "lora", "olora"])
+def test_an_adapter_is_downloaded_as_lora(service: Service, tuned: Tuned, method: MethodName, tmp_path: Path) -> None:
+    digest = store(service, tuned.final, make_adapter(method))
+    answers = [service.http().get(f"/v1/models/{tuned.final}/adapter", params={"format": "lora"}) for _ in range(2)]
+    assert answers[0].headers["content-type"] == "application/zip"
+    assert answers[0].headers["etag"] == f'"{digest}-lora"'
+    assert answers[0].headers["content-disposition"].endswith('-lora.zip"')
+    assert answers[0].content == answers[1].content
+    with zipfile.ZipFile(io.BytesIO(answers[0].content)) as archive:
+        archive.extractall(tmp_path / "downloaded")
+    write_lora(loads(make_adapter(method)), tmp_path / "written")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "downloaded" / name).read_bytes() == (tmp_path / "written" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: make_adapter("osora"), "An osora adapter is converted with its base model's weights"),
+        (lambda: make_adapter(r=64, size=600_000), "This adapter's LoRA has 307,200,000 bytes; at most"),
+    ],
+)
+def test_a_lora_that_is_not_made_here(
+    service: Service, tuned: Tuned, content: Callable[[], bytes], reason: str
+) -> None:
+    store(service, tuned.final, content())
+    answer = service.http().get(f"/v1/models/{tuned.final}/adapter", params={"format": "lora"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_format")
+    assert answer.json()["error"]["message"].startswith(reason)
+    assert "python -m uora export" in answer.json()["error"]["message"]
+
+
+def test_loras_are_made_without_torch() -> None:
+    script = (
+        "import sys\n"
+        "from tests.api.adapters import make_adapter\n"
+        "from uora.artifact import loads\n"
+        "from uora.convert import lora_files\n"
+        "for method in ('uora', 'vera', 'lora', 'olora'):\n"
+        "    assert lora_files(loads(make_adapter(method)))\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_base_model_has_no_adapter(service: Service) -> None:
+    answer = service.http().get("/v1/models/org/slashed/adapter")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+def test_an_unknown_format(service: Service, tuned: Tuned) -> None:
+    answer = service.http().get(f"/v1/models/{tuned.final}/adapter", params={"format": "gguf"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "format")

