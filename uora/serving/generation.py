@@ -13,28 +13,20 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from uora.errors import SpecError
 from uora.serving.bank import AdapterBank
+from uora.serving.sampling import Sampling, TokenLogprob
 from uora.serving.text import StopScanner, TextStream
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. ``temperature`` 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Delta:
-    """New text of an answer, and the reason once it is finished."""
+    """New text of an answer with its tokens' log probabilities, if wanted, and the reason once it is finished."""
 
     text: str
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(eq=False)

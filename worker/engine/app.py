@@ -24,7 +24,8 @@ from api.telemetry import configure_logging
 from uora.artifact import Artifact, Manifest
 from uora.data.templates import render
 from uora.errors import AdapterNotFoundError, ArtifactError, UoraError
-from uora.serving.generation import Delta, Generation, Sampling
+from uora.serving.generation import Delta, Generation
+from uora.serving.sampling import Sampling
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 

@@ -13,7 +13,8 @@ from uora.artifact import Artifact, loads
 from uora.errors import AdapterNotFoundError
 from uora.models import LocalModel, load_model
 from uora.serving.bank import AdapterBank
-from uora.serving.generation import Batcher, Delta, Generation, Sampling, choose
+from uora.serving.generation import Batcher, Delta, Generation, choose
+from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
 
 GREEDY = Sampling(temperature=0.0)
