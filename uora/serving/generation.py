@@ -39,6 +39,8 @@ class Generation:
         max_tokens: tokens to generate at most.
         sampling: how tokens are chosen.
         emit: called from the generating thread with each `Delta`, or with the exception that ended it.
+        project: whom it is for, in the sharing of rows.
+        deadline: ``time.monotonic`` after which nobody wants it; None for no such time.
         cancelled: set from any thread; the row leaves at the next step.
     """
 
@@ -47,6 +49,8 @@ class Generation:
     max_tokens: int
     sampling: Sampling
     emit: Callable[[Delta | Exception], None]
+    project: str = ""
+    deadline: float | None = None
     cancelled: bool = False
     generated: list[int] = field(default_factory=list)
 
