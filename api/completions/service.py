@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +75,18 @@ def _check_task(task: str, *, name: str, param: str) -> None:
 
 def _read_inline(adapter: InlineAdapter, *, max_bytes: int) -> AdapterTarget:
     """Check an adapter that came with a request as far as it can be without its base model."""
-    if len(adapter.data) > 4 * -(-max_bytes // 3):
+    try:
+        content = base64.b64decode(adapter.data, validate=True)
+    except ValueError as error:
+        raise InvalidRequest(f"adapter.data is not valid base64: {error}.", param="adapter.data") from error
+    if len(content) > max_bytes:
         raise InvalidRequest(
-            f"adapter.data: found {len(adapter.data) * 3 // 4} bytes; expected at most {max_bytes}.",
+            f"adapter.data: found {len(content)} bytes; expected at most {max_bytes}.",
             param="adapter.data",
             code="adapter_too_large",
         )
     try:
-        artifact = loads(base64.b64decode(adapter.data, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(f"adapter.data is not valid base64: {error}.", param="adapter.data") from error
+        artifact = loads(content)
     except ArtifactError as error:
         raise InvalidRequest(f"adapter.data: {error.message}", param="adapter.data", code=error.code) from error
     _check_task(artifact.manifest.task, name="in adapter.data", param="adapter.data")

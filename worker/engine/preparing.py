@@ -69,8 +69,8 @@ def prepare(runner: Runner, body: GenerateRequest) -> Prepared:
         raise EngineError(404, "model_not_found", f"This engine serves {runner.base.name}, not {body.base_model}.")
     artifact = _load_adapter(runner, body.adapter) if body.adapter else None
     manifest = artifact.manifest if artifact else runner.bank.manifests.get(body.adapter.digest if body.adapter else "")
-    if manifest is not None and body.messages is not None:
-        _check_template(runner, manifest)
+    if manifest is not None and body.adapter is not None and body.messages is not None:
+        _check_template(runner, manifest, body.adapter)
     return Prepared(manifest, artifact, _prompts(runner, body), _sampling(runner, body))
 
 
@@ -102,7 +102,7 @@ def _load_adapter(runner: Runner, target: AdapterTarget) -> Artifact | None:
         artifact = loads(base64.b64decode(target.data)) if target.data else runner.store.load(target.id, target.digest)
         runner.bank.check(artifact.manifest)
         if artifact.manifest.chat_template_sha256 is not None:
-            _check_template(runner, artifact.manifest)
+            _check_template(runner, artifact.manifest, target)
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except ArtifactError as error:
@@ -115,14 +115,15 @@ def _load_adapter(runner: Runner, target: AdapterTarget) -> Artifact | None:
     return artifact
 
 
-def _check_template(runner: Runner, manifest: Manifest) -> None:
+def _check_template(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
     """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
+    param = "adapter.data" if target.data else "model"
     if manifest.chat_template_sha256 is None:
         raise EngineError(
             400,
             "chat_template_mismatch",
             "The model was trained on prompts and completions without a chat template; use /v1/completions.",
-            param="model",
+            param=param,
         )
     if manifest.chat_template_sha256 != runner.template_sha256:
         raise EngineError(
@@ -130,7 +131,7 @@ def _check_template(runner: Runner, manifest: Manifest) -> None:
             "chat_template_mismatch",
             "The adapter was trained with another chat template than the engine's base model has. Serve it with the "
             "template it was trained with.",
-            param="model",
+            param=param,
         )
 
 
