@@ -98,7 +98,7 @@ class Batcher:
         self._tokens = TokenBytes(tokenizer)
         self._bank = bank
         self._max_rows = max_rows
-        self._end_tokens = _end_tokens(model, tokenizer)
+        self._end_tokens = end_tokens(model, tokenizer)
         self._rows: list[_Row] = []
         self._cache: DynamicCache | None = None
         self._mask = torch.empty(0)  # (rows, positions), 1 where a row has a token
@@ -230,7 +230,7 @@ def _left_pad(states: Tensor, length: int) -> Tensor:
     return F.pad(states, (0, 0, length - states.shape[2], 0))
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Tokens that end an answer, by the generation config and the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     tokens = configured if isinstance(configured, list) else [configured]

@@ -14,7 +14,7 @@ from api.completions.engine import AdapterTarget, GenerateRequest, JsonFormat, P
 from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
-from uora.errors import AdapterNotFoundError, ArtifactError, UoraError
+from uora.errors import AdapterNotFoundError, ArtifactError, SamplingError, UoraError
 from uora.serving.grammar import Grammar
 from uora.serving.sampling import Sampling
 from worker.engine.runner import Runner
@@ -208,6 +208,10 @@ def _sampling(runner: Runner, body: GenerateRequest) -> Sampling:
     )
 
 
-def _grammar(_runner: Runner, _wanted: JsonFormat) -> Grammar:
-    """What the answer has to match."""
-    raise EngineError(400, "unsupported_parameter", "response_format is not supported yet.", param="response_format")
+def _grammar(runner: Runner, wanted: JsonFormat) -> Grammar:
+    """Compile what the answer has to match."""
+    schema = wanted.json_schema
+    try:
+        return runner.grammars.json_object() if schema is None else runner.grammars.json_schema(schema)
+    except SamplingError as error:
+        raise EngineError(400, error.code, error.message, param="response_format") from error

@@ -297,6 +297,7 @@ class TestRawPrompts:
             ({"prompts": ["a", [-1]]}, "invalid_token", "prompt[1]"),
             ({"prompts": ["a", ""]}, "empty_prompt", "prompt[1]"),
             ({"prompts": ["a"], "logit_bias": {"100000": 1}}, "invalid_token", "logit_bias"),
+            ({"response_format": {"json_schema": {"type": "no such"}}}, "invalid_json_schema", "response_format"),
             ({"prompts": ["a"], "messages": HELLO}, "invalid_request", None),
             ({"prompts": []}, "invalid_request", None),
         ],
@@ -307,6 +308,23 @@ class TestRawPrompts:
     ) -> None:
         status, error = engine.refusal(None, **options)
         assert (status, error["code"], error["param"]) == (400, code, param)
+
+
+def test_an_answer_can_be_held_to_json(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "ü😀"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    text, _ = engine.ask(None, response_format={"json_schema": schema}, max_tokens=60)
+    assert json.loads(text)["a"] in ("x", "ü😀")
+    assert engine.ask(None, response_format={}, max_tokens=60)[0].lstrip().startswith("{")
+
+
+def test_log_probabilities_are_of_the_text(engine: Engine) -> None:
+    text, lines = engine.ask(None, top_logprobs=2, temperature=0)
+    tokens = [token for line in lines for token in line.get("logprobs", ())]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace").startswith(text[:5])
+    assert all(token["top"][0]["logprob"] == token["logprob"] <= 0.0 for token in tokens)
+    assert all(len(token["top"]) == 2 for token in tokens)
+    assert engine.ask(None, temperature=0)[0] == text
 
 
 class TestInlineAdapters:
