@@ -30,16 +30,26 @@ log = structlog.get_logger(__name__)
 READY_TIMEOUT_SECONDS = 3.0
 
 
+#: Tasks whose models answer with text.
+WRITING_TASKS = ("chat", "completion")
+
+
 class AdapterTarget(BaseModel):
     """The adapter that must answer.
 
-    ``id`` names its row. One that came with the request has none: ``data`` is its artifact in base64, and ``id`` says
-    only what to call it in messages.
+    ``id`` names its row, whose bytes must have ``digest``. One that came with the request has neither: ``data`` is its
+    artifact in base64, and ``id`` says only what to call it in messages.
     """
 
     id: str
-    digest: str
+    digest: str | None = None
     data: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if (self.digest is None) == (self.data is None):
+            raise ValueError("either digest or data must be given")
+        return self
 
 
 class Message(BaseModel):

@@ -11,16 +11,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from api.caller import Caller
-from api.completions.engine import AdapterTarget, GenerateRequest
+from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest
 from api.completions.schemas import GenerationCreate, InlineAdapter
 from api.errors import InvalidRequest, UnsupportedParameter
 from api.models import service as models
+from api.models.service import ServedModel
 from api.settings import Settings
-from uora.artifact import loads
-from uora.errors import ArtifactError
-
-#: Tasks whose models answer with text.
-WRITING_TASKS = ("chat", "completion")
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ async def resolve(
 ) -> Target:
     """Look the model up in a session that is closed before anything is generated.
 
-    Digests come from rows of the caller's project or from an adapter that the caller sent, never from a request's own
-    words: what another project brought is out of reach, though the engine may hold it.
+    A digest comes from a row of the caller's project, never from the request: an adapter that another project sent
+    along is out of reach, though the engine may hold it.
 
     Raises:
         ModelNotFound: neither a base model nor one of the project's.
@@ -49,7 +45,7 @@ async def resolve(
     def look_up() -> Target:
         with sessions() as session:
             served = models.resolve(session, caller, name=body.model, base_models=settings.base_models)
-        _check_task(served.task, name=served.name, param="model")
+        _check_task(served)
         adapter = None if served.adapter is None else AdapterTarget(id=served.adapter.id, digest=served.adapter.digest)
         if body.adapter is not None:
             if adapter is not None:
@@ -63,34 +59,29 @@ async def resolve(
     return await run_in_threadpool(look_up)
 
 
-def _check_task(task: str, *, name: str, param: str) -> None:
-    if task not in WRITING_TASKS:
+def _check_task(served: ServedModel) -> None:
+    if served.task not in WRITING_TASKS:
         raise InvalidRequest(
-            f"The model {name} was trained for {task} and writes no text; expected a base model, or one trained for "
-            f"{' or '.join(WRITING_TASKS)}.",
-            param=param,
+            f"The model {served.name} was trained for {served.task} and writes no text; expected a base model, or one "
+            f"trained for {' or '.join(WRITING_TASKS)}.",
+            param="model",
             code="model_not_supported",
         )
 
 
 def _read_inline(adapter: InlineAdapter, *, max_bytes: int) -> AdapterTarget:
-    """Check an adapter that came with a request as far as it can be without its base model."""
+    """Check the size of an adapter that came with a request; what is in it, the engine checks."""
     try:
-        content = base64.b64decode(adapter.data, validate=True)
+        size = len(base64.b64decode(adapter.data, validate=True))
     except ValueError as error:
         raise InvalidRequest(f"adapter.data is not valid base64: {error}.", param="adapter.data") from error
-    if len(content) > max_bytes:
+    if size > max_bytes:
         raise InvalidRequest(
-            f"adapter.data: found {len(content)} bytes; expected at most {max_bytes}.",
+            f"adapter.data: found {size} bytes; expected at most {max_bytes}.",
             param="adapter.data",
             code="adapter_too_large",
         )
-    try:
-        artifact = loads(content)
-    except ArtifactError as error:
-        raise InvalidRequest(f"adapter.data: {error.message}", param="adapter.data", code=error.code) from error
-    _check_task(artifact.manifest.task, name="in adapter.data", param="adapter.data")
-    return AdapterTarget(id="(sent with the request)", digest=artifact.manifest.digest, data=adapter.data)
+    return AdapterTarget(id="(sent with the request)", data=adapter.data)
 
 
 def refuse_unsupported(body: GenerationCreate, neutral: Mapping[str, tuple[Any, ...]]) -> None:

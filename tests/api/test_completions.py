@@ -220,39 +220,30 @@ class TestBoth:
         answer = service.http().post(path, json={"model": "tiny", **prompt, **field})
         assert answer.status_code == 200, answer.text
         sent = service.engine.requests[0]["adapter"]
-        assert (sent["digest"], sent["data"]) == (adapter.manifest.digest, field["adapter"]["data"])
+        assert (sent["digest"], sent["data"]) == (None, field["adapter"]["data"])
 
     def test_its_digest_alone_is_nothing(
         self, service: Service, path: str, prompt: dict[str, Any], adapter: Artifact
     ) -> None:
         http, digest = service.http(service.stranger), adapter.manifest.digest
         attempts: list[dict[str, Any]] = [
+            {"model": "tiny", "adapter": {"data": "AAAA", "digest": digest}},
             {"model": "tiny", "adapter": {"digest": digest}},
             {"model": "tiny", "adapter": {"id": "x", "digest": digest}},
             {"model": "tiny", "adapter": digest},
-            {"model": "tiny", "adapter": {"data": digest}},
             {"model": digest},
         ]
         assert [http.post(path, json={**prompt, **attempt}).status_code for attempt in attempts] == [400] * 4 + [404]
         assert service.engine.requests == []
 
-    @pytest.mark.parametrize(
-        ("spoil", "code"),
-        [
-            (lambda _: b"", "invalid_value"),
-            (lambda _: b"x" * 100_001, "adapter_too_large"),
-            (lambda _: b"not safetensors", "adapter_format"),
-            (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "adapter_digest_mismatch"),
-        ],
-        ids=["empty", "large", "format", "digest"],
-    )
-    def test_what_is_wrong_with_it_is_said(
-        self, service: Service, path: str, prompt: dict[str, Any], adapter: Artifact, spoil: Any, code: str
-    ) -> None:
-        answer = service.http().post(path, json={"model": "tiny", **prompt, **in_base64(spoil(dumps(adapter)))})
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["param"]) == (400, code, "adapter.data")
-        assert service.engine.requests == []
+    def test_it_has_a_size(self, service: Service, path: str, prompt: dict[str, Any]) -> None:
+        limit, http = service.settings.max_inline_adapter_bytes, service.http()
+        http.post(path, json={"model": "tiny", **prompt, **in_base64(b"x" * limit)}).raise_for_status()
+        for content, code in ((b"x" * (limit + 1), "adapter_too_large"), (b"", "invalid_value")):
+            answer = http.post(path, json={"model": "tiny", **prompt, **in_base64(content)})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (400, code, "adapter.data")
+        assert len(service.engine.requests) == 1
 
     def test_not_base64_or_beside_a_fine_tuned_model(
         self, service: Service, path: str, prompt: dict[str, Any], adapter: Artifact

@@ -139,7 +139,7 @@ class _Answers:
         self.generations = [
             Generation(
                 prompt=prompt.ids,
-                adapter=body.adapter.digest if body.adapter else None,
+                adapter=prepared.manifest.digest if prepared.manifest else None,
                 max_tokens=prompt.max_tokens,
                 sampling=_with_seed(prepared.sampling, answer),
                 emit=self._emitter(index),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from api.completions.engine import AdapterTarget, GenerateRequest, JsonFormat, Provenance
+from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest, JsonFormat, Provenance
 from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
@@ -67,8 +67,7 @@ def prepare(runner: Runner, body: GenerateRequest) -> Prepared:
     """
     if body.base_model != runner.base.name:
         raise EngineError(404, "model_not_found", f"This engine serves {runner.base.name}, not {body.base_model}.")
-    artifact = _load_adapter(runner, body.adapter) if body.adapter else None
-    manifest = artifact.manifest if artifact else runner.bank.manifests.get(body.adapter.digest if body.adapter else "")
+    manifest, artifact = _adapter(runner, body.adapter) if body.adapter else (None, None)
     if manifest is not None and body.adapter is not None and body.messages is not None:
         _check_template(runner, manifest, body.adapter)
     return Prepared(manifest, artifact, _prompts(runner, body), _sampling(runner, body))
@@ -94,15 +93,14 @@ def _frames(manifest: Manifest) -> str:
     return json.dumps(manifest.fingerprint, sort_keys=True)
 
 
-def _load_adapter(runner: Runner, target: AdapterTarget) -> Artifact | None:
-    """The adapter, verified; None if this very content is resident already."""
-    if target.digest in runner.bank:
-        return None
+def _adapter(runner: Runner, target: AdapterTarget) -> tuple[Manifest, Artifact | None]:
+    """The adapter, verified; without its tensors if this very content is resident already."""
+    resident = runner.bank.manifests.get(target.digest or "")
+    if resident is not None:
+        return resident, None
     try:
-        artifact = loads(base64.b64decode(target.data)) if target.data else runner.store.load(target.id, target.digest)
-        runner.bank.check(artifact.manifest)
-        if artifact.manifest.chat_template_sha256 is not None:
-            _check_template(runner, artifact.manifest, target)
+        artifact = loads(base64.b64decode(target.data)) if target.data else _load(runner, target)
+        _check_adapter(runner, artifact.manifest, target)
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except ArtifactError as error:
@@ -110,20 +108,39 @@ def _load_adapter(runner: Runner, target: AdapterTarget) -> Artifact | None:
             raise EngineError(400, error.code, f"adapter.data: {error.message}", param="adapter.data") from error
         log.exception("adapter_refused", model=target.id)
         raise EngineError(500, error.code, error.message) from error
-    if artifact.manifest.digest != target.digest:  # the bank would hold it under a name that nobody asks for
-        raise EngineError(400, "adapter_digest_mismatch", "adapter.data: its digest is another.", param="adapter.data")
-    return artifact
+    return artifact.manifest, artifact
+
+
+def _load(runner: Runner, target: AdapterTarget) -> Artifact:
+    return runner.store.load(target.id, target.digest or "")
+
+
+def _check_adapter(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
+    """Raises `EngineError` or `ArtifactError` if it cannot answer here."""
+    if manifest.task not in WRITING_TASKS:
+        raise EngineError(
+            400,
+            "model_not_supported",
+            f"The adapter was trained for {manifest.task} and writes no text; expected {' or '.join(WRITING_TASKS)}.",
+            param=_param(target),
+        )
+    runner.bank.check(manifest)
+    if manifest.chat_template_sha256 is not None:
+        _check_template(runner, manifest, target)
+
+
+def _param(target: AdapterTarget) -> str:
+    return "adapter.data" if target.data else "model"
 
 
 def _check_template(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
     """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
-    param = "adapter.data" if target.data else "model"
     if manifest.chat_template_sha256 is None:
         raise EngineError(
             400,
             "chat_template_mismatch",
             "The model was trained on prompts and completions without a chat template; use /v1/completions.",
-            param=param,
+            param=_param(target),
         )
     if manifest.chat_template_sha256 != runner.template_sha256:
         raise EngineError(
@@ -131,7 +148,7 @@ def _check_template(runner: Runner, manifest: Manifest, target: AdapterTarget) -
             "chat_template_mismatch",
             "The adapter was trained with another chat template than the engine's base model has. Serve it with the "
             "template it was trained with.",
-            param=param,
+            param=_param(target),
         )
 
 

@@ -348,12 +348,15 @@ class TestInlineAdapters:
         other_frames = with_manifest(other_base, base_digest=engine.runner.base.digest)
         fingerprint = {name: [0.5] * len(probes) for name, probes in other_frames.manifest.fingerprint.items()}
         other_frames = with_manifest(other_frames, fingerprint=fingerprint)
+        changed = bytearray(dumps(other_base))
+        changed[-1] ^= 1
         expected = {
             "base_model_mismatch": inline(other_base),
             "chat_template_mismatch": inline(other_template),
             "frame_fingerprint_mismatch": inline(other_frames),
             "adapter_format": inline(other_base) | {"data": base64.b64encode(b"nothing").decode()},
-            "adapter_digest_mismatch": inline(make_adapter(engine.runner.base, seed=33, r=8)) | {"digest": "0" * 64},
+            "adapter_digest_mismatch": inline(other_base) | {"data": base64.b64encode(changed).decode()},
+            "model_not_supported": inline(with_manifest(other_base, task="regression")),
         }
         for code, adapter in expected.items():
             status, error = engine.refusal(None, adapter=adapter)
@@ -419,7 +422,7 @@ def texts(lines: list[dict[str, Any]]) -> dict[int, str]:
 def inline(artifact: Artifact) -> dict[str, Any]:
     """An adapter as the api passes it on."""
     data = base64.b64encode(dumps(artifact)).decode()
-    return {"id": "(sent with the request)", "digest": loads(dumps(artifact)).manifest.digest, "data": data}
+    return {"id": "(sent with the request)", "data": data}
 
 
 def with_manifest(artifact: Artifact, **fields: Any) -> Artifact:
