@@ -14,7 +14,7 @@ from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest
 from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
-from uora.errors import AdapterNotFoundError, ArtifactError, SamplingError, UoraError
+from uora.errors import AdapterNotFoundError, SamplingError, UoraError
 from uora.serving.grammar import Grammar
 from uora.serving.sampling import Sampling
 from worker.engine.runner import Runner
@@ -103,7 +103,7 @@ def _adapter(runner: Runner, target: AdapterTarget) -> tuple[Manifest, Artifact 
         _check_adapter(runner, artifact.manifest, target)
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
-    except ArtifactError as error:
+    except UoraError as error:
         if target.data:  # what the client sent is the client's to mend
             raise EngineError(400, error.code, f"adapter.data: {error.message}", param="adapter.data") from error
         log.exception("adapter_refused", model=target.id)
@@ -116,7 +116,7 @@ def _load(runner: Runner, target: AdapterTarget) -> Artifact:
 
 
 def _check_adapter(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
-    """Raises `EngineError` or `ArtifactError` if it cannot answer here."""
+    """Raises `EngineError` or `UoraError` if it cannot answer here."""
     if manifest.task not in WRITING_TASKS:
         raise EngineError(
             400,
