@@ -20,7 +20,9 @@ ApiError 500 internal_error
   ├── Conflict 409
   │     └── FileInUse               an unfinished job needs the file
   ├── TooLarge 413
+  ├── RateLimited 429             the project has more than its share of something
   ├── ClientGone 499              the client closed the connection; nobody reads this answer
+  ├── DeadlineExceeded 504        the answer was not complete in the time that the request gave it
   └── Unavailable 503             a part that the request needs does not answer
         ├── EngineUnavailable
         └── EngineBusy
@@ -30,6 +32,7 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -49,13 +52,17 @@ class ApiError(Exception):
     type: ClassVar[str] = "server_error"
     code: str = "internal_error"
     should_retry: ClassVar[bool | None] = None
-    retry_after_seconds: ClassVar[int | None] = None
+    retry_after_seconds: int | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or type(self).code
+        if retry_after is not None:
+            self.retry_after_seconds = max(1, math.ceil(retry_after))  # the header has whole seconds
 
     def body(self) -> dict[str, Any]:
         """The error object of OpenAI's API, all four keys."""
@@ -195,12 +202,30 @@ class TooLarge(ApiError):
     code = "request_too_large"
 
 
+class RateLimited(ApiError):
+    """The project's own requests are too many."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after_seconds = 1
+
+
 class ClientGone(ApiError):
     """The client closed the connection while its answer was made."""
 
     status = 499
     type = "invalid_request_error"
     code = "client_closed_request"
+
+
+class DeadlineExceeded(ApiError):
+    """The answer was not complete in the time that the request gave it."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+    should_retry = False  # the time is over for the one who asked, too
 
 
 class Unavailable(ApiError):
@@ -218,6 +243,6 @@ class EngineUnavailable(Unavailable):
 
 
 class EngineBusy(Unavailable):
-    """The engine has all the rows that it can decode."""
+    """Too many requests wait for one of the engine's rows."""
 
     code = "engine_busy"

@@ -50,6 +50,7 @@ class Settings(DatabaseSettings):
     engine_url: str = "http://127.0.0.1:8001"
     #: Shared secret between api and engine. It has no default: both refuse to start without it.
     engine_token: SecretStr
+    #: How long an answer may take; a request can ask for less (``x-request-timeout-seconds``).
     engine_timeout: timedelta = timedelta(seconds=120)
     #: Rows decoded together, and tokens (prompt and answer) that one row may have.
     engine_max_rows: int = Field(default=32, ge=1)
@@ -73,6 +74,8 @@ class Settings(DatabaseSettings):
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
     #: Every other request body.
     max_json_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    #: An adapter that comes with a completion request; in base64 it takes a third more of ``max_json_bytes``.
+    max_inline_adapter_bytes: int = Field(default=2 * 1024 * 1024, ge=0)
     #: A trainer's claim on a job, renewed every ``heartbeat_interval``; when it runs out, the job is free.
     lease_ttl: timedelta = timedelta(seconds=30)
     heartbeat_interval: timedelta = timedelta(seconds=2)

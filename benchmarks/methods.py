@@ -35,7 +35,8 @@ from uora.artifact import Artifact, loads, stored_bytes
 from uora.data import read_file, render
 from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
-from uora.serving.generation import Batcher, Delta, Generation, Sampling
+from uora.serving.generation import Batcher, Delta, Generation
+from uora.serving.sampling import Sampling
 from uora.spec import METHODS, Hyperparameters, LoraSpec, TrainingSpec, parse_adapter
 from uora.svd import BaseWeights
 from uora.training import Evaluation, StepMetrics, train

@@ -7,6 +7,9 @@ UoraError                     code, param: stable names a service can pass on
   │     ├── RankError             below 1, or more than memory allows
   │     ├── TargetError           targets that name no module of the base model
   │     └── UnsupportedLayerError a target, or a base model, whose layers are of another kind
+  ├── SamplingError           options of an answer that cannot be used
+  │     └── SchemaError           a JSON schema that answers cannot be kept to
+  ├── GenerationError         an answer that cannot be gone on with
   ├── DataError               a data set that cannot be trained on; names the place
   ├── BaseModelError          an unknown, unreachable or damaged base model
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
@@ -73,6 +76,25 @@ class UnsupportedLayerError(SpecError):
 
     code = "unsupported_layer"
     default_param = "targets"
+
+
+class SamplingError(UoraError):
+    """Options of an answer that cannot be used."""
+
+    code = "invalid_sampling"
+
+
+class SchemaError(SamplingError):
+    """A JSON schema that answers cannot be kept to: invalid, too large, or of keywords that are not supported."""
+
+    code = "invalid_json_schema"
+    default_param = "response_format"
+
+
+class GenerationError(UoraError):
+    """An answer that cannot be gone on with. The others of its batch go on."""
+
+    code = "generation_failed"
 
 
 class DataError(UoraError):

@@ -1,31 +1,78 @@
-"""``/v1/chat/completions``"""
+"""``/v1/chat/completions`` and ``/v1/completions``"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request
+from starlette.responses import JSONResponse, Response
 
 from api.auth import CallerDep
-from api.completions import service
+from api.completions import chat, legacy, service
+from api.completions.chat import ChatDialect
+from api.completions.engine import GenerateRequest
+from api.completions.generation import Dialect, Generation
+from api.completions.legacy import LegacyDialect
 from api.completions.responses import EventStream, unless_disconnected
-from api.completions.schemas import ChatCompletion, ChatCompletionCreate
-from api.completions.service import Generation
+from api.completions.schemas import (
+    ChatCompletion,
+    ChatCompletionCreate,
+    Completion,
+    CompletionCreate,
+    GenerationCreate,
+)
 from api.dependencies import ResourcesDep
+from api.resources import Resources
 
-router = APIRouter(prefix="/chat/completions", tags=["inference"])
+router = APIRouter(tags=["inference"])
+
+#: Seconds that the answer may take; ``engine_timeout`` at most.
+TimeoutHeader = Annotated[float | None, Header(alias="x-request-timeout-seconds", gt=0, allow_inf_nan=False)]
 
 
-@router.post("", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(
-    request: Request, body: ChatCompletionCreate, caller: CallerDep, resources: ResourcesDep
-) -> ChatCompletion | Response:
+    request: Request,
+    body: ChatCompletionCreate,
+    caller: CallerDep,
+    resources: ResourcesDep,
+    timeout: TimeoutHeader = None,
+) -> Response:
     """Answer a conversation with a base model or one of the project's models."""
-    settings = resources.settings
-    served = await service.resolve(resources.read_sessions, caller, name=body.model, settings=settings)
-    generate = service.to_engine(body, served, max_rows=settings.engine_max_rows)
+    target = await service.resolve(resources.read_sessions, caller, body, settings=resources.settings)
+    generate = chat.to_engine(body, target, deadline_seconds=_deadline(resources, timeout))
+    return await _answer(request, body, resources, generate, ChatDialect())
+
+
+@router.post("/completions", response_model=Completion)
+async def create_completion(
+    request: Request,
+    body: CompletionCreate,
+    caller: CallerDep,
+    resources: ResourcesDep,
+    timeout: TimeoutHeader = None,
+) -> Response:
+    """Go on from raw prompts with a base model or one of the project's models."""
+    target = await service.resolve(resources.read_sessions, caller, body, settings=resources.settings)
+    generate = legacy.to_engine(body, target, deadline_seconds=_deadline(resources, timeout))
+    return await _answer(request, body, resources, generate, LegacyDialect())
+
+
+def _deadline(resources: Resources, asked: float | None) -> float:
+    longest = resources.settings.engine_timeout.total_seconds()
+    return longest if asked is None else min(asked, longest)
+
+
+async def _answer(
+    request: Request, body: GenerationCreate, resources: Resources, generate: GenerateRequest, dialect: Dialect
+) -> Response:
+    service.check_choices(generate, max_rows=resources.settings.engine_max_rows)
+    begin = Generation.begin(resources.engine, generate, dialect=dialect, model=body.model)
+    generation = await unless_disconnected(request, begin)
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        begin = Generation.begin(resources.engine, generate, model=served.name)
-        generation = await unless_disconnected(request, begin)
-        return EventStream(generation.stream(include_usage=include_usage), close=generation.close)
-    return await unless_disconnected(request, service.complete(resources.engine, generate, model=served.name))
+        events = generation.stream(include_usage=body.include_usage)
+        return EventStream(events, close=generation.close, headers=generation.headers)
+    try:
+        return JSONResponse(await unless_disconnected(request, generation.collect()), headers=generation.headers)
+    finally:
+        await generation.close()

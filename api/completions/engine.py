@@ -8,13 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import httpx
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from api.errors import ApiError, EngineBusy, EngineUnavailable, InvalidRequest, ModelNotFound
+from api.errors import (
+    ApiError,
+    DeadlineExceeded,
+    EngineBusy,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    RateLimited,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -22,11 +30,26 @@ log = structlog.get_logger(__name__)
 READY_TIMEOUT_SECONDS = 3.0
 
 
+#: Tasks whose models answer with text.
+WRITING_TASKS = ("chat", "completion")
+
+
 class AdapterTarget(BaseModel):
-    """The adapter that must answer."""
+    """The adapter that must answer.
+
+    ``id`` names its row, whose bytes must have ``digest``. One that came with the request has neither: ``data`` is its
+    artifact in base64, and ``id`` says only what to call it in messages.
+    """
 
     id: str
-    digest: str
+    digest: str | None = None
+    data: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if (self.digest is None) == (self.data is None):
+            raise ValueError("either digest or data must be given")
+        return self
 
 
 class Message(BaseModel):
@@ -36,40 +59,94 @@ class Message(BaseModel):
     content: str
 
 
+class JsonFormat(BaseModel):
+    """The answer has to be JSON: an object, or what ``json_schema`` describes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_schema: dict[str, Any] | None = None
+
+
 class GenerateRequest(BaseModel):
-    """Body of ``POST /generate``. ``max_tokens`` None means up to the context's end."""
+    """Body of ``POST /generate``: ``n`` answers to a conversation, or to each of several raw prompts.
+
+    Raw prompts are texts or token ids, and are given to the model as they are. Choice ``i`` of prompt ``p`` has the
+    index ``p * n + i``. ``max_tokens`` None means up to the context's end.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     base_model: str
     adapter: AdapterTarget | None = None
-    messages: list[Message] = Field(min_length=1)
+    #: Whom the batch's rows are shared with fairly.
+    project: str = ""
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    prompts: list[str | list[int]] | None = Field(default=None, min_length=1)
     n: int = Field(default=1, ge=1)
+    #: Put the prompt's text before each answer.
+    echo: bool = False
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: list[str] = Field(default_factory=list, max_length=4)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: JsonFormat | None = None
+    #: From the engine's receipt to the last token; what is not done then ends with ``deadline_exceeded``.
+    deadline_seconds: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> Self:
+        if (self.messages is None) == (self.prompts is None):
+            raise ValueError("either messages or prompts must be given")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers there will be."""
+        return self.n * len(self.prompts or [()])
 
 
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class Provenance(_Event):
+    """What answers: digests of the base model, the frames and the adapter; the latter two only where there are any."""
+
+    base: str
+    frames: str | None = None
+    adapter: str | None = None
+
+
 class Start(_Event):
-    """The prompt was accepted."""
+    """The prompts were accepted; ``prompt_tokens`` has a number for each."""
 
     type: Literal["start"] = "start"
-    prompt_tokens: int
+    prompt_tokens: list[int]
     system_fingerprint: str
+    provenance: Provenance
+
+
+class TokenLogprob(_Event):
+    """A token and its log probability, with those of the likeliest tokens at its place."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+    top: list[TokenLogprob] | None = None
 
 
 class Delta(_Event):
-    """More text of one choice."""
+    """More of one choice: text, and log probabilities of tokens if they were asked for. Either may be behind."""
 
     type: Literal["delta"] = "delta"
     index: int
     text: str
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Finish(_Event):
@@ -121,8 +198,9 @@ class EngineClient:
 
         Raises:
             ModelNotFound: the engine has no such adapter or base model.
-            InvalidRequest: the conversation does not fit the model's context.
-            EngineBusy: it has no free row; the client may try again.
+            InvalidRequest: the prompt does not fit the model's context, or the engine refuses another of its values.
+            EngineBusy: too many requests wait for a row; the client may try again.
+            RateLimited: too many of them are the project's own.
             EngineUnavailable: it does not answer, or its answer cannot be read.
         """
         try:
@@ -163,6 +241,8 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _failed(failure: Failure) -> ApiError:
+    if failure.code == "deadline_exceeded":
+        return DeadlineExceeded(failure.message)
     log.error("generation_failed", code=failure.code, message=failure.message)
     return EngineUnavailable(failure.message, code=failure.code)
 
@@ -182,9 +262,14 @@ def _refuse(status: int, body: bytes, *, request: GenerateRequest) -> NoReturn:
         name = request.adapter.id if request.adapter else request.base_model
         raise ModelNotFound(f"The model {name!r} is not served: {message}", param="model")
     if status == 503 and code == "engine_busy":
-        raise EngineBusy("The engine is busy; try again.")
+        raise EngineBusy("The engine is busy; try again.", retry_after=detail.get("retry_after"))
+    if status == 429:
+        raise RateLimited(
+            "Too many of this project's requests are waiting for the engine; try again.",
+            retry_after=detail.get("retry_after"),
+        )
     if status == 400:
-        raise InvalidRequest(message, code=code, param=detail.get("param") or "messages")
+        raise InvalidRequest(message, code=code, param=detail.get("param"))
     log.error("engine_refused", status=status, code=code, message=message)
     raise EngineUnavailable("The engine refused the request; the api's log names the cause.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import anyio
@@ -19,12 +19,14 @@ T = TypeVar("T")
 class EventStream(StreamingResponse):
     """Server-sent events. ``close`` is called in the end, also if the client left before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], *, close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, events: AsyncIterator[str], *, close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+    ) -> None:
         super().__init__(
             events,
             media_type="text/event-stream",
             # Proxies that collect an answer before they pass it on would make a stream of it all at once.
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
         self._close = close
 

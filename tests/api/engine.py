@@ -14,12 +14,24 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 TOKEN = "engine-token-of-the-tests"
-START = {"type": "start", "prompt_tokens": 7, "system_fingerprint": "fp_test"}
+START = {
+    "type": "start",
+    "prompt_tokens": [7],
+    "system_fingerprint": "fp_test",
+    "provenance": {"base": "b" * 64, "frames": "f" * 64, "adapter": "a" * 64},
+}
 
 
-def delta(text: str, *, index: int = 0) -> dict[str, Any]:
+def delta(text: str, *, index: int = 0, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """A line with more text."""
-    return {"type": "delta", "index": index, "text": text}
+    line = {"type": "delta", "index": index, "text": text}
+    return line if logprobs is None else line | {"logprobs": logprobs}
+
+
+def logprob(token: str, value: float, **top: float) -> dict[str, Any]:
+    """A token's log probability, with those of others at its place."""
+    line = {"token": token, "bytes": list(token.encode()), "logprob": value}
+    return line | {"top": [logprob(*each) for each in top.items()]} if top else line
 
 
 def finish(*, index: int = 0, reason: str = "stop", tokens: int = 2) -> dict[str, Any]:

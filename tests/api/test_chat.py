@@ -17,6 +17,28 @@ from tests.api.rows import add_adapter, add_job
 from tests.api.support import Service, wait_until
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"const": None}}}
+#: What the engine is asked when the client says no more than the model.
+ASKED: dict[str, Any] = {
+    "base_model": "tiny",
+    "adapter": None,
+    "project": "",
+    "messages": None,
+    "prompts": None,
+    "n": 1,
+    "echo": False,
+    "max_tokens": None,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "seed": None,
+    "stop": [],
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "top_logprobs": None,
+    "response_format": None,
+    "deadline_seconds": 120.0,
+}
 
 
 @pytest.fixture
@@ -39,26 +61,14 @@ class TestAnswer:
         assert (choice.message.role, choice.message.content) == ("assistant", "Hello")
         assert answer.usage
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (7, 2, 9)
-        assert service.engine.requests == [
-            {
-                "base_model": "tiny",
-                "adapter": None,
-                "messages": HI,
-                "n": 1,
-                "max_tokens": None,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "seed": None,
-                "stop": [],
-            }
-        ]
+        assert service.engine.requests == [ASKED | {"messages": HI, "project": service.tenant.project_id}]
 
     def test_a_fine_tuned_model_is_asked_for_with_its_digest(
         self, service: Service, client: OpenAI, tuned: str
     ) -> None:
         assert client.chat.completions.create(model=tuned, messages=HI).model == tuned
         request = service.engine.requests[0]
-        assert (request["base_model"], request["adapter"]) == ("tiny", {"id": tuned, "digest": "d" * 64})
+        assert (request["base_model"], request["adapter"]) == ("tiny", {"id": tuned, "digest": "d" * 64, "data": None})
 
     def test_all_parameters_reach_the_engine(self, service: Service, client: OpenAI) -> None:
         service.engine.lines = [START, *(finish(index=index) for index in (1, 0))]
@@ -78,25 +88,53 @@ class TestAnswer:
             seed=-3,
             user="u",
             metadata={"k": "v"},
+            presence_penalty=-2,
+            frequency_penalty=0.5,
+            logit_bias={"5": -100, "6": 1.5},  # type: ignore[dict-item] # the client's type has whole numbers only
+            logprobs=True,
+            top_logprobs=3,
+            response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}},
         )
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "a\nb"},
+            {"role": "assistant", "content": "c"},
+            {"role": "user", "content": ""},
+        ]
         assert service.engine.requests == [
-            {
-                "base_model": "tiny",
-                "adapter": None,
-                "messages": [
-                    {"role": "system", "content": "Be brief."},
-                    {"role": "user", "content": "a\nb"},
-                    {"role": "assistant", "content": "c"},
-                    {"role": "user", "content": ""},
-                ],
+            ASKED
+            | {
+                "project": service.tenant.project_id,
+                "messages": messages,
                 "n": 2,
                 "max_tokens": 5,
                 "temperature": 0.0,
                 "top_p": 0.5,
                 "seed": -3,
                 "stop": ["\n"],
+                "presence_penalty": -2.0,
+                "frequency_penalty": 0.5,
+                "logit_bias": {"5": -100.0, "6": 1.5},
+                "top_logprobs": 3,
+                "response_format": {"json_schema": SCHEMA},
             }
         ]
+
+    @pytest.mark.parametrize(
+        ("asked", "sent"),
+        [
+            ({"stop": ["a", "b", "c", "d"]}, {"stop": ["a", "b", "c", "d"]}),
+            ({"max_tokens": 3}, {"max_tokens": 3}),
+            ({"logprobs": True}, {"top_logprobs": 0}),
+            ({"logprobs": False, "top_logprobs": None}, {"top_logprobs": None}),
+            ({"response_format": {"type": "text"}}, {"response_format": None}),
+            ({"response_format": {"type": "json_object"}}, {"response_format": {"json_schema": None}}),
+        ],
+        ids=str,
+    )
+    def test_ways_to_say_it(self, service: Service, client: OpenAI, asked: Any, sent: dict[str, Any]) -> None:
+        client.chat.completions.create(model="tiny", messages=HI, **asked)
+        assert service.engine.requests[0].items() >= sent.items()
 
     def test_choices_are_told_apart(self, service: Service, client: OpenAI) -> None:
         service.engine.lines = [
@@ -164,12 +202,20 @@ class TestRefusal:
         ("change", "param"),
         [
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-            ({"response_format": {"type": "json_object"}}, "response_format"),
-            ({"logprobs": True}, "logprobs"),
+            ({"response_format": {"type": "grammar"}}, "response_format.type"),
+            ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+                "response_format.json_schema.name",
+            ),
+            ({"logprobs": 5}, "logprobs"),
             ({"top_logprobs": 5}, "top_logprobs"),
-            ({"logit_bias": {"5": 1}}, "logit_bias"),
-            ({"frequency_penalty": 0.1}, "frequency_penalty"),
-            ({"presence_penalty": -1}, "presence_penalty"),
+            ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+            ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+            ({"logit_bias": {"-5": 1}}, "logit_bias.-5"),
+            ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+            ({"frequency_penalty": 2.1}, "frequency_penalty"),
+            ({"presence_penalty": -3}, "presence_penalty"),
             ({"best_of": 2}, "best_of"),
             ({"reasoning_effort": "low"}, "reasoning_effort"),
             ({"tempratur": 1}, "tempratur"),
@@ -284,7 +330,9 @@ class TestEngineTrouble:
             ((404, "adapter_not_found", "gone", None), (404, "model_not_found", "model")),
             ((404, "model_not_found", "serves another", None), (404, "model_not_found", "model")),
             ((400, "context_length_exceeded", "too long", "messages"), (400, "context_length_exceeded", "messages")),
+            ((400, "invalid_token", "token 999", "logit_bias"), (400, "invalid_token", "logit_bias")),
             ((503, "engine_busy", "full", None), (503, "engine_busy", None)),
+            ((429, "rate_limit_exceeded", "own", None), (429, "rate_limit_exceeded", None)),
             ((500, "internal", "secret detail", None), (503, "engine_unavailable", None)),
         ],
         ids=str,
@@ -298,7 +346,7 @@ class TestEngineTrouble:
             client.chat.completions.create(model="tiny", messages=HI, stream=stream)
         assert (caught.value.status_code, caught.value.code, caught.value.param) == expected
         assert "secret detail" not in caught.value.message
-        assert ("retry-after" in caught.value.response.headers) == (expected[0] == 503)
+        assert ("retry-after" in caught.value.response.headers) == (expected[0] in (429, 503))
 
     def test_a_busy_engine_is_asked_again_by_the_client(self, service: Service) -> None:
         service.engine.refusal = (503, {"error": {"code": "engine_busy", "message": "full", "param": None}})

@@ -13,28 +13,20 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from uora.errors import SpecError
 from uora.serving.bank import AdapterBank
-from uora.serving.text import StopScanner, TextStream
+from uora.serving.sampling import Sampled, Sampler, Sampling, TokenLogprob, sample
+from uora.serving.text import TextStream, TokenBytes
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. ``temperature`` 0 takes the likeliest."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Delta:
-    """New text of an answer, and the reason once it is finished."""
+    """New text of an answer with its tokens' log probabilities, if wanted, and the reason once it is finished."""
 
     text: str
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(eq=False)
@@ -47,6 +39,8 @@ class Generation:
         max_tokens: tokens to generate at most.
         sampling: how tokens are chosen.
         emit: called from the generating thread with each `Delta`, or with the exception that ended it.
+        project: whom it is for, in the sharing of rows.
+        deadline: ``time.monotonic`` after which nobody wants it; None for no such time.
         cancelled: set from any thread; the row leaves at the next step.
     """
 
@@ -55,47 +49,39 @@ class Generation:
     max_tokens: int
     sampling: Sampling
     emit: Callable[[Delta | Exception], None]
+    project: str = ""
+    deadline: float | None = None
     cancelled: bool = False
     generated: list[int] = field(default_factory=list)
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
-    """Draw the next token from ``logits (vocabulary)``, with nucleus sampling (Holtzman et al., 2020)."""
-    if sampling.temperature == 0.0:
-        return int(logits.argmax())
-    probabilities = (logits.float() / sampling.temperature).softmax(-1).cpu()
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the likeliest token always stays
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(outside, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 class _Row:
     """A sequence in the running batch."""
 
-    def __init__(self, sequence: Generation, text: TextStream) -> None:
+    def __init__(self, sequence: Generation, tokens: TokenBytes, vocabulary: int) -> None:
         self.sequence = sequence
-        self.text = text
-        self.generator: torch.Generator | None = None
-        if sequence.sampling.seed is not None:
-            self.generator = torch.Generator().manual_seed(sequence.sampling.seed)
+        self.text = TextStream(tokens, sequence.sampling.stop)
+        self.sampler = Sampler(sequence.sampling, vocabulary=vocabulary)
 
-    def advance(self, logits: Tensor, end_tokens: frozenset[int]) -> bool:
-        """Choose and emit one token; returns whether the answer is finished."""
+    def advance(self, sampled: Sampled, end_tokens: frozenset[int]) -> bool:
+        """Emit what a token adds to the answer; returns whether the answer is finished."""
         sequence = self.sequence
-        token = choose(logits, sequence.sampling, self.generator)
-        sequence.generated.append(token)
-        text = "" if token in end_tokens else self.text.feed(token)
+        sequence.generated.append(sampled.token)
+        ended = sampled.token in end_tokens
+        pieces = [] if ended else [self.text.feed(sampled)]
         reason: FinishReason | None = None
-        if token in end_tokens or self.text.stopped:
+        if ended or self.text.stopped or self.sampler.finished:
             reason = "stop"
         elif len(sequence.generated) >= sequence.max_tokens:
             reason = "length"
-        if reason is not None and not self.text.stopped:
-            text += self.text.flush()
-        if text or reason:
-            sequence.emit(Delta(text, reason, len(sequence.generated)))
+        if reason is not None:
+            pieces.append(self.text.flush())
+        text = "".join(piece.text for piece in pieces)
+        logprobs = tuple(logprob for piece in pieces for logprob in piece.logprobs)
+        if self.text.stopped:
+            reason = "stop"
+        if text or logprobs or reason:
+            sequence.emit(Delta(text, reason, len(sequence.generated), logprobs))
         return reason is not None
 
 
@@ -109,10 +95,10 @@ class Batcher:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, bank: AdapterBank, *, max_rows: int
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokens = TokenBytes(tokenizer)
         self._bank = bank
         self._max_rows = max_rows
-        self._end_tokens = _end_tokens(model, tokenizer)
+        self._end_tokens = end_tokens(model, tokenizer)
         self._rows: list[_Row] = []
         self._cache: DynamicCache | None = None
         self._mask = torch.empty(0)  # (rows, positions), 1 where a row has a token
@@ -142,7 +128,7 @@ class Batcher:
         if len(sequences) > self.free_rows:
             raise ValueError(f"{len(sequences)} sequences cannot join, {self.free_rows} rows are free")
         try:
-            rows = [_Row(s, TextStream(self._tokenizer, StopScanner(s.sampling.stop))) for s in sequences]
+            rows = [_Row(s, self._tokens, self._model.config.vocab_size) for s in sequences]
             ids, mask = self._pad([list(s.prompt) for s in sequences])
             cache = DynamicCache(config=self._model.config)
             logits = self._forward(rows, ids, mask, cache)
@@ -208,13 +194,11 @@ class Batcher:
     def _advance(self, logits: Tensor, *, first: int) -> None:
         """Choose tokens for the rows from ``first`` on, and drop those that are finished."""
         unfinished = list(range(first))
-        for index, row in enumerate(self._rows[first:]):
-            try:
-                finished = row.advance(logits[index], self._end_tokens)
-            except Exception as error:  # one row's failure is its own
-                row.sequence.emit(error)
-                continue
-            if not finished:
+        results = sample(logits, [row.sampler for row in self._rows[first:]])
+        for index, (row, result) in enumerate(zip(self._rows[first:], results, strict=True)):
+            if isinstance(result, Exception):  # one row's failure is its own
+                row.sequence.emit(result)
+            elif not row.advance(result, self._end_tokens):
                 self._next[first + index, 0] = row.sequence.generated[-1]
                 unfinished.append(first + index)
         self._keep(unfinished)
@@ -246,7 +230,7 @@ def _left_pad(states: Tensor, length: int) -> Tensor:
     return F.pad(states, (0, 0, length - states.shape[2], 0))
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Tokens that end an answer, by the generation config and the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     tokens = configured if isinstance(configured, list) else [configured]

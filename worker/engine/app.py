@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
-import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import product
 from typing import Annotated, Any
 
 import structlog
@@ -17,26 +18,22 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from api.completions.engine import AdapterTarget, Failure, Finish, GenerateRequest, Message, Start
 from api.completions.engine import Delta as DeltaLine
+from api.completions.engine import Failure, Finish, GenerateRequest, Start
+from api.completions.engine import TokenLogprob as TokenLogprobLine
 from api.settings import Settings
 from api.telemetry import configure_logging
-from uora.artifact import Artifact, Manifest
-from uora.data.templates import render
-from uora.errors import AdapterNotFoundError, ArtifactError, UoraError
-from uora.serving.generation import Delta, Generation, Sampling
+from uora.errors import UoraError
+from uora.serving.generation import Delta, Generation
+from uora.serving.sampling import Sampling, TokenLogprob
+from worker.engine.preparing import EngineError, Prepared, prepare, provenance, system_fingerprint
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
 log = structlog.get_logger()
 
-
-class EngineError(Exception):
-    """An answer other than a stream."""
-
-    def __init__(self, status: int, code: str, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
+#: In the place of minus infinity, which JSON has not; OpenAI's.
+_LEAST_LOGPROB = -9999.0
 
 
 def create_app(settings: Settings | None = None, build: Callable[[Settings], Runner] = build_runner) -> FastAPI:
@@ -74,8 +71,10 @@ def _error_body(code: str, message: str, param: str | None = None) -> dict[str, 
 
 async def _engine_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineError)  # noqa: S101 # registered for this class only
-    headers = {"Retry-After": "1"} if error.status == 503 else None
-    return JSONResponse(_error_body(error.code, error.message, error.param), error.status, headers)
+    body = _error_body(error.code, error.message, error.param)
+    if error.retry_after is not None:
+        body["error"]["retry_after"] = error.retry_after
+    return JSONResponse(body, error.status)
 
 
 async def _invalid_request(_request: Request, error: Exception) -> JSONResponse:
@@ -100,92 +99,54 @@ def _runner(request: Request) -> Runner:
 
 async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_runner)]) -> StreamingResponse:
     """Generate answers as a stream of JSON lines (start, delta, finish, error)."""
-    if body.base_model != runner.base.name:
-        raise EngineError(404, "model_not_found", f"This engine serves {runner.base.name}, not {body.base_model}.")
-    artifact = await run_in_threadpool(_load_adapter, runner, body.adapter) if body.adapter else None
-    manifest = artifact.manifest if artifact else runner.bank.manifests.get(body.adapter.digest if body.adapter else "")
-    prompt = await run_in_threadpool(_render, runner, body.messages)
-    answers = _Answers(body, prompt, _max_tokens(body, len(prompt), runner.context))
+    prepared = await run_in_threadpool(prepare, runner, body)
+    answers = _Answers(body, prepared)
     try:
-        runner.scheduler.submit(answers.generations, artifact)
-    except EngineBusyError:
-        raise EngineError(503, "engine_busy", "Too many requests are waiting; try again in a moment.") from None
+        runner.scheduler.submit(answers.generations, prepared.artifact)
+    except EngineBusyError as error:
+        raise _busy(error) from None
     except EngineStoppedError:
         raise EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.") from None
-    start = Start(prompt_tokens=len(prompt), system_fingerprint=_system_fingerprint(runner, manifest))
+    start = Start(
+        prompt_tokens=[len(prompt.ids) for prompt in prepared.prompts],
+        system_fingerprint=system_fingerprint(runner, prepared.manifest),
+        provenance=provenance(runner, prepared.manifest),
+    )
     return StreamingResponse(answers.lines(start), media_type="application/x-ndjson")
 
 
-def _load_adapter(runner: Runner, reference: AdapterTarget) -> Artifact | None:
-    """The adapter, verified; None if this very content is resident already."""
-    if reference.digest in runner.bank:
-        return None
-    try:
-        artifact = runner.store.load(reference.id, reference.digest)
-        runner.bank.check(artifact.manifest)
-        if artifact.manifest.chat_template_sha256 != runner.template_sha256:
-            raise ArtifactError(
-                f"Model {reference.id} was trained with another chat template than the engine's base model has. "
-                "Serve it with the template it was trained with.",
-                code="chat_template_mismatch",
-            )
-    except AdapterNotFoundError as error:
-        raise EngineError(404, error.code, error.message) from error
-    except ArtifactError as error:
-        log.exception("adapter_refused", model=reference.id)
-        raise EngineError(500, error.code, error.message) from error
-    return artifact
-
-
-def _render(runner: Runner, messages: list[Message]) -> list[int]:
-    try:
-        return render(runner.tokenizer, [m.model_dump() for m in messages], add_generation_prompt=True)
-    except UoraError as error:
-        raise EngineError(400, "invalid_messages", error.message, param="messages") from error
-
-
-def _max_tokens(body: GenerateRequest, prompt_tokens: int, context: int) -> int:
-    room = context - prompt_tokens
-    if room < 1 or (body.max_tokens or 1) > room:
-        raise EngineError(
-            400,
-            "context_length_exceeded",
-            f"This model's context is {context} tokens; the messages have {prompt_tokens}"
-            + (f" and {body.max_tokens} were asked for the answer" if body.max_tokens else "")
-            + ". Shorten the messages or lower max_tokens.",
-            param="messages",
+def _busy(error: EngineBusyError) -> EngineError:
+    if error.own_share:
+        return EngineError(
+            429,
+            "rate_limit_exceeded",
+            "Too many of the project's requests are waiting; try again in a moment.",
+            retry_after=error.retry_after,
         )
-    return body.max_tokens or room
-
-
-def _system_fingerprint(runner: Runner, manifest: Manifest | None) -> str:
-    """Names what produced an answer: base model, frames and adapter."""
-    parts = [runner.base.digest]
-    if manifest is not None:
-        parts += [json.dumps(manifest.fingerprint, sort_keys=True), manifest.digest]
-    return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    message = "Too many requests are waiting; try again in a moment."
+    return EngineError(503, "engine_busy", message, retry_after=error.retry_after)
 
 
 class _Answers:
     """The answers of one request, from the scheduler's thread to the response's event loop."""
 
-    def __init__(self, body: GenerateRequest, prompt: list[int], max_tokens: int) -> None:
+    def __init__(self, body: GenerateRequest, prepared: Prepared) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
+        deadline = None if body.deadline_seconds is None else time.monotonic() + body.deadline_seconds
+        places = list(product(prepared.prompts, range(body.n)))
+        self._echoes = [prompt.echo for prompt, _ in places]
         self.generations = [
             Generation(
-                prompt=prompt,
-                adapter=body.adapter.digest if body.adapter else None,
-                max_tokens=max_tokens,
-                sampling=Sampling(
-                    temperature=body.temperature,
-                    top_p=body.top_p,
-                    seed=None if body.seed is None else body.seed + index,
-                    stop=tuple(body.stop),
-                ),
+                prompt=prompt.ids,
+                adapter=prepared.manifest.digest if prepared.manifest else None,
+                max_tokens=prompt.max_tokens,
+                sampling=_with_seed(prepared.sampling, answer),
                 emit=self._emitter(index),
+                project=body.project,
+                deadline=deadline,
             )
-            for index in range(body.n)
+            for index, (prompt, answer) in enumerate(places)
         ]
 
     def _emitter(self, index: int) -> Callable[[Delta | Exception], None]:
@@ -198,26 +159,55 @@ class _Answers:
         """The response. Leaving it early, as when the client goes away, cancels what is still running."""
         try:
             yield _line(start)
+            for index, text in enumerate(self._echoes):
+                if text:
+                    yield _line(DeltaLine(index=index, text=text))
             unfinished = len(self.generations)
             while unfinished:
-                index, item = await self._queue.get()
-                if isinstance(item, Exception):
-                    yield _line(_failure(item))
-                    return
-                if item.text:
-                    yield _line(DeltaLine(index=index, text=item.text))
-                if item.finish_reason:
-                    unfinished -= 1
-                    yield _line(
-                        Finish(
-                            index=index,
-                            finish_reason=item.finish_reason,
-                            completion_tokens=item.completion_tokens,
-                        )
-                    )
+                written = b""
+                for index, item in await self._arrived():
+                    if isinstance(item, Exception):
+                        yield written + _line(_failure(item))
+                        return
+                    written += _lines_of(index, item)
+                    unfinished -= item.finish_reason is not None
+                if written:
+                    yield written
         finally:
             for generation in self.generations:
                 generation.cancelled = True
+
+    async def _arrived(self) -> list[tuple[int, Delta | Exception]]:
+        """All that has come by now, waiting for something: the answers of one step are written together."""
+        items = [await self._queue.get()]
+        while not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        return items
+
+
+def _with_seed(sampling: Sampling, answer: int) -> Sampling:
+    """Of one of ``n`` answers: the same seed for all would make them the same."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + answer)
+
+
+def _lines_of(index: int, item: Delta) -> bytes:
+    lines = b""
+    if item.text or item.logprobs:
+        logprobs = [_logprob(token) for token in item.logprobs] or None
+        lines += _line(DeltaLine(index=index, text=item.text, logprobs=logprobs))
+    if item.finish_reason:
+        finish = Finish(index=index, finish_reason=item.finish_reason, completion_tokens=item.completion_tokens)
+        lines += _line(finish)
+    return lines
+
+
+def _logprob(token: TokenLogprob) -> TokenLogprobLine:
+    return TokenLogprobLine(
+        token=token.token,
+        bytes=list(token.bytes),
+        logprob=max(token.logprob, _LEAST_LOGPROB),
+        top=[_logprob(top) for top in token.top] or None,
+    )
 
 
 def _failure(error: Exception) -> Failure:
@@ -230,4 +220,4 @@ def _failure(error: Exception) -> Failure:
 
 
 def _line(event: BaseModel) -> bytes:
-    return event.model_dump_json().encode() + b"\n"
+    return event.model_dump_json(exclude_none=True).encode() + b"\n"

@@ -14,7 +14,8 @@ from uora.data.templates import template_sha256
 from uora.errors import BaseModelError
 from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
-from uora.serving.generation import Batcher, check_servable
+from uora.serving.generation import Batcher, check_servable, end_tokens
+from uora.serving.grammar import Grammars
 from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
 from worker.engine.scheduler import Scheduler
@@ -31,6 +32,7 @@ class Runner:
         tokenizer: its tokenizer, with the chat template.
         template_sha256: of the chat template; adapters trained with another one are refused.
         context: tokens that a prompt and its answer may have together.
+        grammars: what answers can be held to, over the tokenizer's tokens.
         bank: the resident adapters; only the scheduler's thread may change it.
         store: adapters in the database.
         scheduler: runs the batch.
@@ -40,6 +42,7 @@ class Runner:
     tokenizer: PreTrainedTokenizerFast
     template_sha256: str
     context: int
+    grammars: Grammars
     bank: AdapterBank
     store: AdapterStore
     scheduler: Scheduler
@@ -75,6 +78,7 @@ def build_runner(settings: Settings) -> Runner:
         tokenizer=tokenizer,
         template_sha256=template_sha256(tokenizer),
         context=context,
+        grammars=Grammars(tokenizer, model.config.vocab_size, end_tokens(model, tokenizer)),
         bank=bank,
         store=AdapterStore(make_sessions(make_engine(settings.database_url))),
         scheduler=Scheduler(batcher, bank),

@@ -19,7 +19,17 @@ _MAX_WAITING_BATCHES = 8
 
 
 class EngineBusyError(Exception):
-    """Too many requests wait already."""
+    """Too many requests wait already.
+
+    Attributes:
+        own_share: whether they are too many of the same project; others may still queue theirs.
+        retry_after: seconds until a place may be free.
+    """
+
+    def __init__(self, *, own_share: bool = False, retry_after: float = 1.0) -> None:
+        super().__init__("too many requests wait already")
+        self.own_share = own_share
+        self.retry_after = retry_after
 
 
 class EngineStoppedError(Exception):

@@ -13,7 +13,8 @@ from uora.artifact import Artifact, loads
 from uora.errors import AdapterNotFoundError
 from uora.models import LocalModel, load_model
 from uora.serving.bank import AdapterBank
-from uora.serving.generation import Batcher, Delta, Generation, Sampling, choose
+from uora.serving.generation import Batcher, Delta, Generation
+from uora.serving.sampling import Sampling, TokenLogprob
 from uora.tuner import UoraConfig
 
 GREEDY = Sampling(temperature=0.0)
@@ -24,6 +25,7 @@ class Collected:
 
     def __init__(self) -> None:
         self.text = ""
+        self.logprobs: tuple[TokenLogprob, ...] = ()
         self.reason: str | None = None
         self.error: Exception | None = None
 
@@ -33,6 +35,7 @@ class Collected:
         else:
             assert self.reason is None  # nothing follows the end
             self.text += item.text
+            self.logprobs += item.logprobs
             self.reason = item.finish_reason
 
 
@@ -158,17 +161,11 @@ def test_stop_strings_end_the_answer(engine: Batcher) -> None:
     assert collected.text == whole.text[: whole.text.index(middle)]
 
 
-@settings(deadline=None)
-@given(top_p=st.floats(0.05, 1.0), seed=st.integers(0, 100))
-def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, seed: int) -> None:
-    logits = torch.randn(20, generator=torch.Generator().manual_seed(seed))
-    order = logits.softmax(0).sort(descending=True)
-    size = int((order.values.cumsum(0) < top_p).sum()) + 1
-    nucleus = set(order.indices[:size].tolist())
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {choose(logits, Sampling(top_p=top_p), generator) for _ in range(200)}
-    assert drawn <= nucleus
-
-
-def test_temperature_zero_is_greedy() -> None:
-    assert choose(torch.tensor([0.0, 3.0, 1.0]), GREEDY, None) == 1
+def test_log_probabilities_of_all_tokens_come_with_the_text(engine: Batcher) -> None:
+    item, collected = generation([5, 6, 7], None, sampling=Sampling(temperature=0.0, top_logprobs=2))
+    engine.join([item])
+    while engine.running:
+        engine.step()
+    assert len(collected.logprobs) == len(item.generated)
+    assert all(found.logprob == found.top[0].logprob <= 0 for found in collected.logprobs)
+    assert bytes(b for found in collected.logprobs for b in found.bytes).decode(errors="replace") == collected.text

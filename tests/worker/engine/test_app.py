@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -22,11 +25,15 @@ from tests.api.support import serve, wait_until
 from tests.tiny import make_tiny_llama
 from tests.uora.toys import randomise, store
 from uora.artifact import Artifact, Provenance, dumps, loads
+from uora.data import CompletionRow, encode_completion, prompt_ids
 from uora.data.templates import template_sha256
 from uora.models import LocalModel, fetch, load_model, load_tokenizer
+from uora.serving.generation import Generation
+from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
 from worker.engine.app import create_app
 from worker.engine.runner import Runner, build_runner
+from worker.engine.scheduler import EngineBusyError
 
 TOKEN = "token-of-the-engine-tests"
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -57,7 +64,9 @@ class Engine:
         adapter = options.pop("adapter", None)
         if model is not None and adapter is None:
             adapter = {"id": model, "digest": self.adapters[model].manifest.digest}
-        body = {"base_model": "tiny", "adapter": adapter, "messages": HELLO, "max_tokens": 12, "temperature": 0}
+        body = {"base_model": "tiny", "adapter": adapter, "max_tokens": 12, "temperature": 0}
+        if "prompts" not in options:
+            body["messages"] = HELLO
         headers = {"Authorization": f"Bearer {token}"}
         return httpx.stream("POST", f"{self.url}/generate", json=body | options, headers=headers, timeout=60)
 
@@ -133,7 +142,7 @@ def test_health_and_readiness(engine: Engine) -> None:
 def test_a_stream_starts_tells_and_finishes(engine: Engine) -> None:
     text, lines = engine.ask(None)
     assert lines[0]["type"] == "start"
-    assert lines[0]["prompt_tokens"] > 5
+    assert lines[0]["prompt_tokens"][0] > 5
     assert lines[0]["system_fingerprint"].startswith("fp_")
     assert lines[-1]["type"] == "finish"
     assert lines[-1]["finish_reason"] in ("stop", "length")
@@ -166,13 +175,7 @@ def test_several_answers_and_their_seeds(engine: Engine) -> None:
     _, lines = engine.ask(None, **options)
     assert {line["index"] for line in lines if line["type"] == "finish"} == {0, 1, 2}
 
-    def texts(lines: list[dict[str, Any]]) -> list[str]:
-        return [
-            "".join(line["text"] for line in lines if line["type"] == "delta" and line["index"] == index)
-            for index in range(3)
-        ]
-
-    assert len(set(texts(lines))) == 3
+    assert len(set(texts(lines).values())) == 3
     assert texts(engine.ask(None, **options)[1]) == texts(lines)
 
 
@@ -230,3 +233,198 @@ def test_a_client_that_leaves_frees_its_row(engine: Engine) -> None:
     batcher = engine.runner.scheduler._batcher
     wait_until(lambda: not batcher.running)
     assert engine.ask(None)[0]
+
+
+def test_lines_have_no_nulls_and_say_what_answers(engine: Engine) -> None:
+    model, artifact = next(iter(engine.adapters.items()))
+    for name in (None, model):
+        with engine.post(name) as response:
+            text = response.read().decode()
+        assert "null" not in text
+        start = json.loads(text.splitlines()[0])
+        frames = json.dumps(artifact.manifest.fingerprint, sort_keys=True).encode()
+        adapter = {"frames": hashlib.sha256(frames).hexdigest(), "adapter": artifact.manifest.digest}
+        assert start["provenance"] == {"base": engine.runner.base.digest} | (adapter if name else {})
+
+
+class TestRawPrompts:
+    """What ``/v1/completions`` asks for."""
+
+    def test_they_are_tokenized_as_in_training(self, engine: Engine) -> None:
+        tokenizer = engine.runner.tokenizer
+        for prompt in ("the  \n", "<|im_start|>user\nhi<|im_end|>", "the"):
+            ids = prompt_ids(tokenizer, prompt)
+            assert ids == encode_completion(CompletionRow(prompt, "x", 1), tokenizer).input_ids[: len(ids)]
+            (text, lines), by_ids = engine.ask(None, prompts=[prompt]), engine.ask(None, prompts=[ids])[0]
+            assert lines[0]["prompt_tokens"] == [len(ids)]
+            assert text == by_ids
+        assert engine.ask(None)[0] != engine.ask(None, prompts=[HELLO[0]["content"]])[0]  # no template is written
+
+    def test_each_answers_as_if_it_were_alone(self, engine: Engine) -> None:
+        options: dict[str, Any] = {"n": 2, "temperature": 1.5, "seed": 5}
+        together = texts(engine.ask(None, prompts=["one", "the other"], **options)[1])
+        alone = [texts(engine.ask(None, prompts=[prompt], **options)[1]) for prompt in ("one", "the other")]
+        assert together == dict(enumerate([*alone[0].values(), *alone[1].values()]))
+        assert len(set(together.values())) == 4
+
+    def test_an_echo_comes_first(self, engine: Engine) -> None:
+        plain = engine.ask(None, prompts=["a <|im_end|> ü"])[0]
+        assert engine.ask(None, prompts=["a <|im_end|> ü"], echo=True)[0] == "a <|im_end|> ü" + plain
+        ids = prompt_ids(engine.runner.tokenizer, "a <|im_end|> ü")
+        assert engine.ask(None, prompts=[ids], echo=True)[0] == "a <|im_end|> ü" + plain
+
+    def test_adapters_answer_them_too(self, engine: Engine) -> None:
+        found = {engine.ask(model, prompts=["once"])[0] for model in [None, *engine.adapters]}
+        assert len(found) == 1 + len(engine.adapters)
+
+    def test_a_model_of_prompts_and_completions_is_not_asked_in_a_template(self, engine: Engine) -> None:
+        artifact = make_adapter(engine.runner.base, seed=21, r=8)
+        manifest = artifact.manifest.model_copy(update={"chat_template_sha256": None, "task": "completion"})
+        artifact = loads(dumps(replace(artifact, manifest=manifest)))
+        add(engine.sessions, "ft:tiny:one::raw", artifact)
+        adapter = {"id": "ft:tiny:one::raw", "digest": artifact.manifest.digest}
+        for _ in range(2):  # before and after it is resident
+            status, error = engine.refusal(None, adapter=adapter)
+            assert (status, error["code"], error["param"]) == (400, "chat_template_mismatch", "model")
+            assert engine.ask(None, adapter=adapter, prompts=["once"])[0] != engine.ask(None, prompts=["once"])[0]
+
+    @pytest.mark.parametrize(
+        ("options", "code", "param"),
+        [
+            ({"prompts": ["a", "b " * 300]}, "context_length_exceeded", "prompt[1]"),
+            ({"prompts": ["a"], "max_tokens": 256}, "context_length_exceeded", "prompt"),
+            ({"prompts": [[5, 100_000]]}, "invalid_token", "prompt"),
+            ({"prompts": ["a", [-1]]}, "invalid_token", "prompt[1]"),
+            ({"prompts": ["a", ""]}, "empty_prompt", "prompt[1]"),
+            ({"prompts": ["a"], "logit_bias": {"100000": 1}}, "invalid_token", "logit_bias"),
+            ({"response_format": {"json_schema": {"type": "no such"}}}, "invalid_json_schema", "response_format"),
+            ({"prompts": ["a"], "messages": HELLO}, "invalid_request", None),
+            ({"prompts": []}, "invalid_request", None),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_answered(
+        self, engine: Engine, options: dict[str, Any], code: str, param: str | None
+    ) -> None:
+        status, error = engine.refusal(None, **options)
+        assert (status, error["code"], error["param"]) == (400, code, param)
+
+
+def test_an_answer_can_be_held_to_json(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "ü😀"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    text, _ = engine.ask(None, response_format={"json_schema": schema}, max_tokens=60)
+    assert json.loads(text)["a"] in ("x", "ü😀")
+    assert engine.ask(None, response_format={}, max_tokens=60)[0].lstrip().startswith("{")
+
+
+def test_log_probabilities_are_of_the_text(engine: Engine) -> None:
+    text, lines = engine.ask(None, top_logprobs=2, temperature=0)
+    tokens = [token for line in lines for token in line.get("logprobs", ())]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace").startswith(text[:5])
+    assert all(token["top"][0]["logprob"] == token["logprob"] <= 0.0 for token in tokens)
+    assert all(len(token["top"]) == 2 for token in tokens)
+    assert engine.ask(None, temperature=0)[0] == text
+
+
+class TestInlineAdapters:
+    """Adapters that come with the request."""
+
+    def test_it_answers_as_a_stored_one_does(self, engine: Engine) -> None:
+        artifact = make_adapter(engine.runner.base, seed=31, r=8)
+        adapter = inline(artifact)
+        text, lines = engine.ask(None, adapter=adapter)
+        assert lines[0]["provenance"]["adapter"] == artifact.manifest.digest
+        assert engine.ask(None, adapter=adapter)[0] == text
+        assert text not in {engine.ask(model)[0] for model in [None, *engine.adapters]}
+        add(engine.sessions, "ft:tiny:one::stored", artifact)
+        stored = {"id": "ft:tiny:one::stored", "digest": artifact.manifest.digest}
+        assert engine.ask(None, adapter=stored) == (text, lines)
+
+    def test_what_is_wrong_is_the_clients(self, engine: Engine) -> None:
+        other_base = make_adapter(engine.runner.base, seed=32, r=8)
+        other_base = with_manifest(other_base, base_digest="f" * 64)
+        other_template = with_manifest(other_base, base_digest=engine.runner.base.digest, chat_template_sha256="f" * 64)
+        other_frames = with_manifest(other_base, base_digest=engine.runner.base.digest)
+        fingerprint = {name: [0.5] * len(probes) for name, probes in other_frames.manifest.fingerprint.items()}
+        other_frames = with_manifest(other_frames, fingerprint=fingerprint)
+        changed = bytearray(dumps(other_base))
+        changed[-1] ^= 1
+        expected = {
+            "base_model_mismatch": inline(other_base),
+            "chat_template_mismatch": inline(other_template),
+            "frame_fingerprint_mismatch": inline(other_frames),
+            "adapter_format": inline(other_base) | {"data": base64.b64encode(b"nothing").decode()},
+            "adapter_digest_mismatch": inline(other_base) | {"data": base64.b64encode(changed).decode()},
+            "model_not_supported": inline(with_manifest(other_base, task="regression")),
+        }
+        for code, adapter in expected.items():
+            status, error = engine.refusal(None, adapter=adapter)
+            assert (status, error["code"], error["param"]) == (400, code, "adapter.data")
+
+
+def test_a_request_says_whose_it_is_and_until_when(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Generation] = []
+    submit = engine.runner.scheduler.submit
+
+    def watch(generations: Sequence[Generation], artifact: Artifact | None) -> None:
+        taken.extend(generations)
+        submit(generations, artifact)
+
+    monkeypatch.setattr(engine.runner.scheduler, "submit", watch)
+    before = time.monotonic()
+    sampling = {"presence_penalty": 1, "frequency_penalty": -1, "logit_bias": {"9": -5}, "top_logprobs": 2}
+    engine.ask(None, project="proj_7", deadline_seconds=30, seed=4, stop=["zzz"], **sampling)
+    engine.ask(None)
+    first, second = taken
+    assert first.project == "proj_7"
+    assert first.deadline is not None
+    assert before + 30 <= first.deadline <= time.monotonic() + 30
+    assert second.deadline is None
+    assert first.sampling == Sampling(
+        temperature=0.0,
+        seed=4,
+        stop=("zzz",),
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        logit_bias={9: -5.0},
+        top_logprobs=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("busy", "expected"),
+    [
+        (EngineBusyError(retry_after=2.5), (503, "engine_busy", 2.5)),
+        (EngineBusyError(own_share=True, retry_after=4.0), (429, "rate_limit_exceeded", 4.0)),
+    ],
+)
+def test_a_full_queue(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, busy: EngineBusyError, expected: tuple[int, str, float]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise busy
+
+    monkeypatch.setattr(engine.runner.scheduler, "submit", refuse)
+    status, error = engine.refusal(None)
+    assert (status, error["code"], error["retry_after"]) == expected
+
+
+def texts(lines: list[dict[str, Any]]) -> dict[int, str]:
+    """Index -> the whole text of that answer."""
+    found = {line["index"]: "" for line in lines if line["type"] == "finish"}
+    for line in lines:
+        if line["type"] == "delta":
+            found[line["index"]] += line["text"]
+    return dict(sorted(found.items()))
+
+
+def inline(artifact: Artifact) -> dict[str, Any]:
+    """An adapter as the api passes it on."""
+    data = base64.b64encode(dumps(artifact)).decode()
+    return {"id": "(sent with the request)", "data": data}
+
+
+def with_manifest(artifact: Artifact, **fields: Any) -> Artifact:
+    """The same numbers under another manifest."""
+    return loads(dumps(replace(artifact, manifest=artifact.manifest.model_copy(update=fields))))

@@ -9,7 +9,8 @@ from tests.tiny import make_tiny_tokenizer
 from tests.uora.serving.test_generation import Collected
 from uora.models import LocalModel, fetch, load_model
 from uora.serving.bank import AdapterBank
-from uora.serving.generation import Batcher, Generation, Sampling
+from uora.serving.generation import Batcher, Generation
+from uora.serving.sampling import Sampling
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError, Scheduler
 
 
