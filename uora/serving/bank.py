@@ -53,8 +53,6 @@ class _Group:
     def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add these rows' updates to ``outs``, each ``(rows, n, out)``, of modules that all read ``x``."""
         adapted = [(module, out) for module, out in zip(modules, outs, strict=True) if module in self.batch]
-        if not adapted:
-            return
         own = x if self.places is None else x.index_select(0, self.places)
         updates = self.batch.updates([module for module, _ in adapted], own)
         for (_, out), (update, factor) in zip(adapted, updates, strict=True):
@@ -100,11 +98,12 @@ class Composition:
 
     def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add to the outputs ``(..., out)`` of ``modules``, which all read ``x (..., in)``, each row's own update."""
-        if not self.groups:
+        groups = [group for group in self.groups if any(module in group.batch for module in modules)]
+        if not groups:
             return
         x = x.reshape(self.size, -1, x.shape[-1])
         views = [out.view(self.size, -1, out.shape[-1]) for out in outs]
-        for group in self.groups:
+        for group in groups:
             group.add(modules, x, views)
 
 
@@ -318,6 +317,10 @@ class AdapterBank:
             yield
         finally:  # whatever happens, no later batch may see these rows
             self.composition = self._outputs = None
+
+    def adapts_outputs(self, composition: Composition) -> bool:
+        """Whether any row adapts the output embeddings."""
+        return any(self._output_name in group.batch for group in composition.groups if self._output_name)
 
     def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add the running batch's updates, as `Composition.add` does."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from uora.errors import SpecError
-from uora.serving.bank import AdapterBank
+from uora.serving.bank import AdapterBank, Composition
+from uora.serving.fusing import fuse
+from uora.serving.lanes import LANES, Decoding, Lane, Plan, Reading, StateShape, lane_capacity
+from uora.serving.rows import Row
 from uora.serving.sampling import Sampled, Sampler, Sampling, TokenLogprob, sample
 from uora.serving.text import TextStream, TokenBytes
 
@@ -55,24 +58,35 @@ class Generation:
     generated: list[int] = field(default_factory=list)
 
 
-class _Row:
-    """A sequence in the running batch."""
+class _Answer:
+    """A generation in the batch.
 
-    def __init__(self, sequence: Generation, tokens: TokenBytes, vocabulary: int) -> None:
-        self.sequence = sequence
-        self.text = TextStream(tokens, sequence.sampling.stop)
-        self.sampler = Sampler(sequence.sampling, vocabulary=vocabulary)
+    Attributes:
+        tokens: prompt and answer; all but the last have their states in the cache once it decodes.
+        known: how many of them have.
+        states: of a prompt that is being read; None before, and when they lie in a lane.
+    """
+
+    def __init__(self, generation: Generation, adapter: Row | None, tokens: TokenBytes, vocabulary: int) -> None:
+        self.generation = generation
+        self.adapter = adapter
+        self.text = TextStream(tokens, generation.sampling.stop)
+        self.sampler = Sampler(generation.sampling, vocabulary=vocabulary)
+        self.tokens = list(generation.prompt)
+        self.known = 0
+        self.states: Tensor | None = None
 
     def advance(self, sampled: Sampled, end_tokens: frozenset[int]) -> bool:
         """Emit what a token adds to the answer; returns whether the answer is finished."""
-        sequence = self.sequence
-        sequence.generated.append(sampled.token)
+        generation = self.generation
+        generation.generated.append(sampled.token)
+        self.tokens.append(sampled.token)
         ended = sampled.token in end_tokens
         pieces = [] if ended else [self.text.feed(sampled)]
         reason: FinishReason | None = None
         if ended or self.text.stopped or self.sampler.finished:
             reason = "stop"
-        elif len(sequence.generated) >= sequence.max_tokens:
+        elif len(generation.generated) >= generation.max_tokens:
             reason = "length"
         if reason is not None:
             pieces.append(self.text.flush())
@@ -81,153 +95,282 @@ class _Row:
         if self.text.stopped:
             reason = "stop"
         if text or logprobs or reason:
-            sequence.emit(Delta(text, reason, len(sequence.generated), logprobs))
+            generation.emit(Delta(text, reason, len(generation.generated), logprobs))
         return reason is not None
 
 
-class Batcher:
-    """The running batch. One thread calls `step`; it alone touches the model and the bank.
+@dataclass(frozen=True)
+class _Step:
+    """What one forward does.
 
-    Rows are padded on the left to a common length, so that all of them end at the same position of the cache.
+    Attributes:
+        decoding: answers that get one more token, lane by lane.
+        reading: answers whose prompts go on, each with the token up to which it is read.
+    """
+
+    decoding: list[_Answer]
+    reading: list[tuple[_Answer, int]]
+
+    @property
+    def answers(self) -> list[_Answer]:
+        """All of them, in the order of their tokens."""
+        return self.decoding + [answer for answer, _ in self.reading]
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Each one's first token and the token after its last."""
+        return [(answer.known, answer.known + 1) for answer in self.decoding] + [
+            (answer.known, stop) for answer, stop in self.reading
+        ]
+
+    @property
+    def choosing(self) -> list[_Answer]:
+        """Those whose last token was run, so that the next is to be chosen."""
+        return self.decoding + [answer for answer, stop in self.reading if stop == len(answer.tokens)]
+
+
+class Batcher:
+    """The running batch. One thread calls `join` and `step`; it alone touches the model.
+
+    Every step is one forward over the next tokens of all answers and pieces of the prompts that wait, so that a long
+    prompt delays the others by no more than its pieces.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, bank: AdapterBank, *, max_rows: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        bank: AdapterBank,
+        *,
+        max_rows: int,
+        context: int = 2048,
+        cache_tokens: int | None = None,
+        piece_tokens: int = 256,
     ) -> None:
+        """
+        Args:
+            model: the base model, whose adapters are in ``bank``; `check_servable`.
+            tokenizer: its tokenizer.
+            bank: the adapters.
+            max_rows: answers that run at the same time.
+            context: tokens that a prompt and its answer may have together.
+            cache_tokens: tokens whose keys and values there is memory for; None for ``max_rows`` whole contexts.
+            piece_tokens: tokens of prompts that one step reads at most.
+        """
+        model.set_attn_implementation(LANES)
+        fuse(model, bank)
         self._model = model
         self._tokens = TokenBytes(tokenizer)
         self._bank = bank
         self._max_rows = max_rows
+        self._context = context
+        self._cache_tokens = max_rows * context if cache_tokens is None else max(cache_tokens, context)
+        self._piece_tokens = piece_tokens
         self._end_tokens = end_tokens(model, tokenizer)
-        self._rows: list[_Row] = []
-        self._cache: DynamicCache | None = None
-        self._mask = torch.empty(0)  # (rows, positions), 1 where a row has a token
-        self._next = torch.empty(0)  # (rows, 1), the tokens to run next
+        self._like = next(p for p in model.parameters() if p.is_floating_point()).new_empty(0)
+        self._shape = StateShape.of(model.config)
+        self._lanes: dict[int, tuple[Lane, list[_Answer]]] = {}  # by capacity
+        self._prompts: list[_Answer] = []  # read in this order
+        self._composition: Composition | None = None
 
     @property
     def free_rows(self) -> int:
-        """How many sequences may join now."""
-        return self._max_rows - len(self._rows)
+        """How many answers may join now."""
+        return self._max_rows - len(self._decoding) - len(self._prompts)
 
     @property
     def running(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._rows)
+        return bool(self._prompts) or bool(self._decoding)
 
     @property
     def generations(self) -> list[Generation]:
         """The answers being generated."""
-        return [row.sequence for row in self._rows]
+        return [answer.generation for answer in self._decoding + self._prompts]
 
-    @torch.inference_mode()
-    def join(self, sequences: Sequence[Generation]) -> None:
-        """Run the prompts of ``sequences`` (at most `free_rows`) and let them join the batch.
+    @property
+    def cache_tokens_in_use(self) -> int:
+        """Tokens whose memory is taken or promised."""
+        return sum(self._room(answer) for answer in self._decoding + self._prompts if answer.known)
 
-        A failure ends these sequences with its exception and leaves the running ones untouched.
+    @property
+    def _decoding(self) -> list[_Answer]:
+        return [answer for _, answers in self._lanes.values() for answer in answers]
+
+    def join(self, generations: Sequence[Generation]) -> None:
+        """Let answers (at most `free_rows`) join the batch; their prompts are read in the next steps.
+
+        One that cannot be begun, since its adapter is not resident, say, ends with its exception.
         """
-        if len(sequences) > self.free_rows:
-            raise ValueError(f"{len(sequences)} sequences cannot join, {self.free_rows} rows are free")
-        try:
-            rows = [_Row(s, self._tokens, self._model.config.vocab_size) for s in sequences]
-            ids, mask = self._pad([list(s.prompt) for s in sequences])
-            cache = DynamicCache(config=self._model.config)
-            logits = self._forward(rows, ids, mask, cache)
-        except Exception as error:
-            for sequence in sequences:
-                sequence.emit(error)
-            return
-        self._merge(rows, cache, mask)
-        self._advance(logits, first=len(self._rows) - len(rows))
+        if len(generations) > self.free_rows:
+            raise ValueError(f"{len(generations)} answers cannot join, {self.free_rows} rows are free")
+        for generation in generations:
+            try:
+                adapter = None if generation.adapter is None else self._bank.row(generation.adapter)
+                vocabulary = self._model.config.get_text_config().vocab_size
+                self._prompts.append(_Answer(generation, adapter, self._tokens, vocabulary))
+            except Exception as error:
+                generation.emit(error)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Generate one token for every running sequence. A failure ends all of them with its exception."""
-        self._keep([i for i, row in enumerate(self._rows) if not row.sequence.cancelled])
-        if not self._rows:
+        """Generate one token for every decoding answer, and read pieces of prompts.
+
+        A failure ends the answers whose prompts it read, which are new in it; without any, all of them.
+        """
+        self._drop([answer for answer in self._decoding + self._prompts if answer.generation.cancelled])
+        self._make_room()
+        step = _Step(self._decoding, list(self._next_pieces()))
+        if not step.answers:
             return
         try:
-            self._mask = F.pad(self._mask, (0, 1), value=1)
-            logits = self._forward(self._rows, self._next, self._mask, self._cache)
+            logits = self._forward(step)
         except Exception as error:
-            failed, self._rows, self._cache = self._rows, [], None
-            for row in failed:
-                row.sequence.emit(error)
+            failed = [answer for answer, _ in step.reading] or step.decoding
+            self._drop(failed)
+            for answer in failed:
+                answer.generation.emit(error)
             return
-        self._advance(logits, first=0)
+        choosing = step.choosing
+        for answer, (_, stop) in zip(step.answers, step.pieces, strict=True):
+            answer.known = stop
+        self._drop(self._advance(choosing, logits))
+        self._into_lanes([answer for answer in choosing if answer in self._prompts])
 
-    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(len(prompt) for prompt in prompts)
-        device = self._model.device
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        return ids, mask
+    def _next_pieces(self) -> Iterator[tuple[_Answer, int]]:
+        """Prompts to go on with in the next step, each up to a token; those that find no memory wait."""
+        left = self._piece_tokens
+        used = self.cache_tokens_in_use
+        for answer in self._prompts:
+            if not answer.known:
+                used += self._room(answer)
+                if used > self._cache_tokens:
+                    break
+                answer.states = self._shape.empty(capacity=len(answer.tokens), like=self._like)
+            count = min(left, len(answer.tokens) - answer.known)
+            yield answer, answer.known + count
+            left -= count
+            if not left:
+                break
 
-    def _forward(self, rows: list[_Row], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
-        """Logits of the last position, ``(rows, vocabulary)``."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self._bank.serving([row.sequence.adapter for row in rows]):
+    def _room(self, answer: _Answer) -> int:
+        """Tokens of the lane that the answer is in, or will be."""
+        return lane_capacity(min(max(len(answer.tokens), answer.known + 1), self._context), self._context)
+
+    def _make_room(self) -> None:
+        """Move answers that fill their lane into a longer one; where memory is short, the youngest start over."""
+        for capacity, (lane, answers) in list(self._lanes.items()):
+            for answer in [answer for answer in answers if answer.known == capacity]:
+                while self.cache_tokens_in_use > self._cache_tokens and len(self._decoding) > 1:
+                    self._start_over(self._decoding[-1])
+                if answer not in answers:
+                    continue
+                states = lane.read(answers.index(answer), answer.known).clone()
+                self._leave_lane(answer)
+                self._append(answer, states)
+
+    def _start_over(self, answer: _Answer) -> None:
+        """Give up an answer's states; they are computed again when there is memory."""
+        self._leave_lane(answer)
+        answer.known = 0
+        self._prompts.insert(0, answer)
+
+    def _forward(self, step: _Step) -> Tensor:
+        """Logits of the tokens after which one is to be chosen, ``(answers, vocabulary)``."""
+        device = self._like.device
+        pieces = step.pieces
+        lengths = [stop - start for start, stop in pieces]
+        ids = [token for answer, (a, b) in zip(step.answers, pieces, strict=True) for token in answer.tokens[a:b]]
+        positions = [position for piece in pieces for position in range(*piece)]
+        last = list(accumulate(lengths))
+        choosing = set(map(id, step.choosing))
+        kept = [end - 1 for answer, end in zip(step.answers, last, strict=True) if id(answer) in choosing]
+        composition = self._compose(step, lengths)
+        with self._bank.running(composition, self._of_outputs(step, composition)):
             out: Any = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                logits_to_keep=torch.tensor(kept, device=device),
+                use_cache=False,
+                plan=self._plan(step),
             )
-        logits: Tensor = out.logits[:, -1]
+        logits: Tensor = out.logits[0]
         return logits
 
-    def _merge(self, rows: list[_Row], cache: DynamicCache, mask: Tensor) -> None:
-        """Append prefilled rows to the batch, padding the shorter side on the left."""
-        if self._cache is None or not self._rows:
-            self._rows, self._cache, self._mask = list(rows), cache, mask
-            self._next = torch.zeros(len(rows), 1, dtype=torch.long, device=mask.device)
-            return
-        length = max(self._mask.shape[1], mask.shape[1])
-        for old, new in zip(_layers(self._cache), _layers(cache), strict=True):
-            old.keys = torch.cat([_left_pad(old.keys, length), _left_pad(new.keys, length)])
-            old.values = torch.cat([_left_pad(old.values, length), _left_pad(new.values, length)])
-        self._mask = torch.cat([F.pad(m, (length - m.shape[1], 0)) for m in (self._mask, mask)])
-        self._next = F.pad(self._next, (0, 0, 0, len(rows)))
-        self._rows = self._rows + list(rows)
+    def _compose(self, step: _Step, lengths: list[int]) -> Composition:
+        """The batch's rows side by side: as they were, unless the answers are others than in the step before."""
+        rows = tuple(answer.adapter for answer in step.answers)
+        if self._composition is None or self._composition.rows != rows:
+            self._composition = self._bank.compose(rows)
+        return self._composition.spread(lengths)
 
-    def _advance(self, logits: Tensor, *, first: int) -> None:
-        """Choose tokens for the rows from ``first`` on, and drop those that are finished."""
-        unfinished = list(range(first))
-        results = sample(logits, [row.sampler for row in self._rows[first:]])
-        for index, (row, result) in enumerate(zip(self._rows[first:], results, strict=True)):
-            if isinstance(result, Exception):  # one row's failure is its own
-                row.sequence.emit(result)
-            elif not row.advance(result, self._end_tokens):
-                self._next[first + index, 0] = row.sequence.generated[-1]
-                unfinished.append(first + index)
-        self._keep(unfinished)
+    def _of_outputs(self, step: _Step, composition: Composition) -> Composition:
+        choosing = step.choosing
+        if len(choosing) == composition.size or not self._bank.adapts_outputs(composition):
+            return composition
+        return self._bank.compose([answer.adapter for answer in choosing]).spread([1] * len(choosing))
 
-    def _keep(self, indices: list[int]) -> None:
-        """Keep these rows only, and drop positions that none of them needs any more."""
-        if len(indices) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in indices]
-        if not self._rows or self._cache is None:
-            self._cache = None
-            return
-        chosen = torch.tensor(indices, device=self._mask.device)
-        self._mask, self._next = self._mask[chosen], self._next[chosen]
-        unused = int((self._mask.sum(0) > 0).int().argmax())  # leading positions that are padding in every row
-        self._mask = self._mask[:, unused:]
-        for layer in _layers(self._cache):
-            layer.keys = layer.keys[chosen, :, unused:]
-            layer.values = layer.values[chosen, :, unused:]
+    def _plan(self, step: _Step) -> Plan:
+        parts: list[Decoding | Reading] = []
+        at = 0
+        for lane, answers in self._lanes.values():
+            if answers:
+                positions = [answer.known for answer in answers]
+                parts.append(Decoding.of(lane, positions, start=at, device=self._like.device))
+                at += len(answers)
+        for answer, stop in step.reading:
+            assert answer.states is not None  # noqa: S101 # made when its reading began
+            parts.append(Reading.of(answer.states, answer.known, stop, at=at))
+            at += stop - answer.known
+        return Plan(tuple(parts))
 
+    def _advance(self, answers: Sequence[_Answer], logits: Tensor) -> list[_Answer]:
+        """Choose and emit a token for each; returns those that are finished, or failed by themselves."""
+        done = []
+        results = sample(logits, [answer.sampler for answer in answers])
+        for answer, result in zip(answers, results, strict=True):
+            if isinstance(result, Exception):
+                answer.generation.emit(result)
+                done.append(answer)
+                continue
+            try:
+                if answer.advance(result, self._end_tokens):
+                    done.append(answer)
+            except Exception as error:  # one answer's failure is its own
+                answer.generation.emit(error)
+                done.append(answer)
+        return done
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    """Layers with ``keys`` and ``values`` of ``(rows, heads, positions, size)``, as `check_servable` made sure."""
-    return list(cache.layers)
+    def _into_lanes(self, answers: Sequence[_Answer]) -> None:
+        """Let answers whose prompts are read begin to decode."""
+        for answer in answers:
+            assert answer.states is not None  # noqa: S101 # it has just been read
+            self._prompts.remove(answer)
+            states, answer.states = answer.states, None
+            self._append(answer, states)
 
+    def _append(self, answer: _Answer, states: Tensor) -> None:
+        capacity = self._room(answer)
+        if capacity not in self._lanes:
+            self._lanes[capacity] = (Lane(self._shape, capacity, self._like), [])
+        lane, answers = self._lanes[capacity]
+        lane.append(states)
+        answers.append(answer)
 
-def _left_pad(states: Tensor, length: int) -> Tensor:
-    """Pad ``(rows, heads, positions, size)`` with zeros in front; the mask hides them."""
-    return F.pad(states, (0, 0, length - states.shape[2], 0))
+    def _drop(self, gone: Sequence[_Answer]) -> None:
+        for answer in gone:
+            if answer in self._prompts:
+                self._prompts.remove(answer)
+            else:
+                self._leave_lane(answer)
+
+    def _leave_lane(self, answer: _Answer) -> None:
+        """Take an answer out of its lane; the last one takes its place."""
+        lane, answers = next(found for found in self._lanes.values() if answer in found[1])
+        row = answers.index(answer)
+        lane.remove(row, answers[-1].known)
+        answers[row] = answers[-1]
+        answers.pop()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

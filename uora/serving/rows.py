@@ -90,7 +90,7 @@ class Stack:
         """Numbers that lie module after module: each module's, ``(rows, *size)``."""
         if self._alike:
             whole = torch.stack([row.numbers[name] for row in self._rows])
-            return _split(whole, [module for module in self.shapes.values()], size)
+            return _split(whole, list(self.shapes.values()), size)
         own = [_split(row.numbers[name].unsqueeze(0), row.manifest.modules, size) for row in self._rows]
         like = self._rows[0].numbers[name]
         return {
