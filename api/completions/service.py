@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from api.caller import Caller
-from api.completions.engine import AdapterTarget, Delta, EngineClient, Event, Finish, GenerateRequest, Message, Start
+from api.completions.engine import AdapterTarget, Delta, Event, Finish, GenerateRequest, Message, Start, generate
 from api.completions.schemas import (
     AssistantMessage,
     ChatCompletion,
@@ -26,6 +26,7 @@ from api.completions.schemas import (
     Usage,
 )
 from api.database import new_id
+from api.engines.client import EngineClient
 from api.errors import ApiError, EngineUnavailable, InvalidRequest, UnsupportedParameter
 from api.models import service as models
 from api.models.service import ServedModel
@@ -137,7 +138,7 @@ class Generation:
         """Send the request and wait until the engine has accepted the prompt."""
         stack = AsyncExitStack()
         try:
-            events = await stack.enter_async_context(engine.generate(request))
+            events = await stack.enter_async_context(generate(engine, request))
             start = await anext(events, None)
             if not isinstance(start, Start):
                 raise EngineUnavailable("The engine ended before it began to answer; try again.")
