@@ -86,7 +86,8 @@ def database_now(session: Session) -> datetime:
     SQLite has none, and needs none: all its users are on one machine.
     """
     if session.get_bind().dialect.name == "postgresql":
-        return session.execute(func.clock_timestamp(type_=UtcDateTime())).scalar_one()
+        moment: datetime = session.execute(func.clock_timestamp(type_=UtcDateTime())).scalar_one()
+        return moment
     return now()
 
 
