@@ -12,8 +12,9 @@ from api.engines.models import EngineReplica, Load
 
 
 def add(session: Session, *, engine_id: str, url: str, base_model: str, base_digest: str, capacity: int) -> None:
-    """Insert an engine that can answer from now on."""
+    """Insert an engine that can answer from now on; who answered at its address before is gone."""
     moment = database_now(session)
+    session.execute(delete(EngineReplica).where(EngineReplica.url == url))
     session.add(
         EngineReplica(
             id=engine_id,
