@@ -1,6 +1,7 @@
 """The engines' internal HTTP: a request goes to the least loaded live engine, or to the next if that one takes nothing.
 
-Nothing that an engine may have begun is sent again: the caller's client may do that, which knows whether it wants to.
+An answer that has begun is never asked for again. A request that was lost with its engine before that is sent to one
+more engine, not to all: it may be what ended the first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ class _NotTaken(Exception):
     def __init__(self, answer: Unavailable) -> None:
         super().__init__(answer.message)
         self.answer = answer
+
+
+class _Lost(_NotTaken):
+    """The connection was lost before the answer began; nobody knows why."""
 
 
 class EngineClient:
@@ -88,6 +93,7 @@ class EngineClient:
     ) -> tuple[LiveEngine, httpx.Response]:
         """The engine that took the request and its answer, which ``stack`` closes. Each engine is asked once."""
         answer: Unavailable | None = None
+        lost = 0
         for engine in await self._directory.ranked(base_model):
             async with AsyncExitStack() as attempt:
                 attempt.enter_context(self._directory.sending(engine))
@@ -95,6 +101,9 @@ class EngineClient:
                     response = await self._attempt(engine, path, body, model=model or base_model)
                 except _NotTaken as refused:
                     answer = answer if isinstance(answer, EngineBusy) else refused.answer
+                    lost += isinstance(refused, _Lost)
+                    if lost > 1:
+                        break
                     continue
                 attempt.push_async_callback(response.aclose)
                 stack.push_async_exit(attempt.pop_all())
@@ -112,8 +121,10 @@ class EngineClient:
             self._directory.suspect(engine)
             log.warning("engine_unreachable", engine=engine.url, error=repr(error))
             raise _NotTaken(EngineUnavailable("The engine does not answer; try again.")) from error
-        except httpx.HTTPError as error:
+        except httpx.TimeoutException as error:
             raise self._broken_off(engine, error) from error
+        except httpx.HTTPError as error:
+            raise _Lost(self._broken_off(engine, error)) from error
         raise _refusal(response.status_code, content, engine=engine, model=model)
 
     async def _pieces(self, engine: LiveEngine, response: httpx.Response) -> AsyncGenerator[bytes, None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from api.database import make_read_sessions, now
 from api.engines import service as engines_service
@@ -62,6 +64,39 @@ def start(routed: Service) -> Iterator[Start]:
             return engine
 
         yield start
+
+
+class HangingUp:
+    """A server that reads a request and ends the connection."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def run(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                with connection:
+                    connection.recv(65536)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@contextmanager
+def hanging_up() -> Iterator[HangingUp]:
+    server = HangingUp()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.close()
+        thread.join()
 
 
 def ask(routed: Service, **options: Any) -> str | None:
@@ -142,6 +177,25 @@ def test_what_was_begun_is_not_sent_again(
     with pytest.raises(openai.InternalServerError):
         ask(routed)
     assert counts(first, other) == [1, 0]
+
+
+def test_what_is_lost_before_its_answer_goes_to_one_more(routed: Service, start: Start) -> None:
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(hanging_up()) for _ in range(2))
+        register_engine(routed.sessions, first.url, base_model="routed")
+        other = start(running=1)
+        assert ask(routed) == "Hello"
+        assert (first.connections, counts(other)) == (1, [1])
+
+        register_engine(routed.sessions, second.url, base_model="routed")
+        last = start(running=2)
+        other.refusal = BUSY
+        with routed.sessions.begin() as session:  # the first gives a heartbeat: it is no suspect any more
+            session.execute(update(EngineReplica).values(heartbeat_at=now() + timedelta(days=2)))
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(routed)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_interrupted")
+        assert (first.connections, second.connections, counts(other, last)) == (2, 1, [1, 0])
 
 
 def test_the_dead_and_those_of_other_base_models_are_no_choice(routed: Service, start: Start) -> None:
