@@ -18,7 +18,7 @@ from api.settings import Settings
 from api.storage import LocalStore, ObjectStore
 
 #: From the api to an engine of the same installation; longer means that it is not there.
-CONNECT_TIMEOUT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

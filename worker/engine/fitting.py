@@ -9,6 +9,7 @@ import structlog
 import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from api.settings import Settings
 from uora.errors import UoraError
@@ -88,12 +89,19 @@ def _weights(base: LocalModel) -> int:
 
 
 def _numbers_per_token(config: PretrainedConfig) -> int:
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers; none of a model that only reads."""
+    if not _writes(config):
+        return 0
     text = config.get_text_config()
     heads: int = text.num_attention_heads
     key_heads: int = getattr(text, "num_key_value_heads", None) or heads
     head_size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
     return 2 * int(text.num_hidden_layers) * key_heads * head_size
+
+
+def _writes(config: PretrainedConfig) -> bool:
+    writer = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    return writer is not None and writer in (config.architectures or [writer])
 
 
 def _or_bfloat16(dtype: torch.dtype) -> str:

@@ -19,6 +19,8 @@ log = structlog.get_logger()
 
 #: For the engine's question to itself whether its address is right.
 CHECK_TIMEOUT_SECONDS = 2.0
+#: The server listens a moment after the app has started.
+FIRST_BEAT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ class Registration:
         self._thread.join()
 
     def _run(self) -> None:
-        self._attempt(self._beat)
-        while not self._stopping.wait(self._interval):
+        pause = FIRST_BEAT_SECONDS
+        while not self._stopping.wait(pause):
             self._attempt(self._beat)
+            pause = self._interval
         self._attempt(self._leave)
 
     def _attempt(self, action: Callable[[], None]) -> None:

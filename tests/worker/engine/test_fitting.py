@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from api.settings import Settings
+from tests.tiny import make_tiny_bert, make_tiny_vit
 from uora.models import LocalModel, fetch, load_model
 from worker import memory
 from worker.engine.fitting import DoesNotFitError, check_fits, estimate
@@ -39,6 +41,13 @@ def test_the_estimate_is_what_the_model_has(limited: Settings, base: LocalModel,
     assert need.weights == size * sum(parameter.numel() for parameter in model.parameters())
     assert need.kv == size * 1000 * per_token
     assert (need.adapters, need.total) == (5000, need.weights + need.kv + 5000)
+
+
+@pytest.mark.parametrize("make", [make_tiny_bert, make_tiny_vit])
+def test_an_encoder_keeps_no_keys(limited: Settings, tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "encoder")
+    encoder = fetch("encoder", f"path:{tmp_path / 'encoder'}", cache_dir=limited.cache_dir)
+    assert estimate(encoder, limited, torch.float32).kv == 0
 
 
 def test_a_model_that_fits_passes(limited: Settings, base: LocalModel) -> None:
