@@ -25,6 +25,7 @@ ApiError 500 internal_error
   ├── DeadlineExceeded 504        the answer was not complete in the time that the request gave it
   └── Unavailable 503             a part that the request needs does not answer
         ├── EngineUnavailable
+        │     └── NoEngine           none is live for the base model
         └── EngineBusy
 ```
 Every message says what was found, what was expected and what to do.
@@ -240,6 +241,12 @@ class EngineUnavailable(Unavailable):
     """The engine does not answer, or broke off."""
 
     code = "engine_unavailable"
+
+
+class NoEngine(EngineUnavailable):
+    """No engine that is live serves the base model."""
+
+    code = "no_engine"
 
 
 class EngineBusy(Unavailable):

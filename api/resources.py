@@ -10,14 +10,15 @@ import httpx
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.completions.engine import EngineClient
 from api.database import make_engine, make_read_sessions, make_sessions
+from api.engines.client import EngineClient
+from api.engines.service import EngineDirectory
 from api.queue import CeleryQueue, TaskQueue
 from api.settings import Settings
 from api.storage import LocalStore, ObjectStore
 
 #: From the api to an engine of the same installation; longer means that it is not there.
-CONNECT_TIMEOUT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Resources:
     read_sessions: sessionmaker[Session]
     queue: TaskQueue
     storage: ObjectStore
+    engines: EngineDirectory
     engine: EngineClient
 
 
@@ -38,18 +40,21 @@ async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) 
     """Open everything that requests share; ``queue`` replaces the one of the settings."""
     database = make_engine(settings.database_url)
     timeout = httpx.Timeout(settings.engine_timeout.total_seconds(), connect=CONNECT_TIMEOUT_SECONDS)
+    read_sessions = make_read_sessions(database)
+    engines = EngineDirectory(read_sessions, ttl=settings.engine_ttl)
     # No limit of connections: the engine decides how much is too much, and says so.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     try:
-        async with httpx.AsyncClient(base_url=settings.engine_url, timeout=timeout, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
             yield Resources(
                 settings=settings,
                 database=database,
                 sessions=make_sessions(database),
-                read_sessions=make_read_sessions(database),
+                read_sessions=read_sessions,
                 queue=queue or CeleryQueue(settings),
                 storage=LocalStore(settings.storage_dir),
-                engine=EngineClient(client, token=settings.engine_token.get_secret_value()),
+                engines=engines,
+                engine=EngineClient(client, engines, token=settings.engine_token.get_secret_value()),
             )
     finally:
         database.dispose()

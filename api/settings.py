@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Self
@@ -45,9 +46,17 @@ class Settings(DatabaseSettings):
 
     #: Base models that can be tuned and served: name -> source (see ``uora.models``).
     base_models: dict[str, str] = Field(default_factory=lambda: {SMOLLM2: f"known:{SMOLLM2}"})
-    #: The one base model that this process's engine serves; empty means the first of ``base_models``.
-    engine_base_model: str = ""
-    engine_url: str = "http://127.0.0.1:8001"
+    #: The one base model that this process's engine serves; else the first of ``base_models``. ``make up`` starts
+    #: engines for this one alone if it is set, else for all.
+    engine_base_model: str = Field(default_factory=lambda known: next(iter(known.get("base_models", ())), ""))
+    #: Where the api reaches this process's engine; ``{hostname}`` stands for the machine's or the container's name.
+    #: ``make up`` counts its port up for further engines.
+    engine_advertise_url: str = "http://127.0.0.1:8001"
+    #: Engines that ``make up`` starts for each base model.
+    engine_replicas: int = Field(default=1, ge=1)
+    #: An engine tells that it is there, and its load, this often; without that for ``engine_ttl`` it counts as dead.
+    engine_heartbeat_interval: timedelta = timedelta(seconds=1)
+    engine_ttl: timedelta = timedelta(seconds=5)
     #: Shared secret between api and engine. It has no default: both refuse to start without it.
     engine_token: SecretStr
     #: How long an answer may take; a request can ask for less (``x-request-timeout-seconds``).
@@ -55,6 +64,10 @@ class Settings(DatabaseSettings):
     #: Rows decoded together, and tokens (prompt and answer) that one row may have.
     engine_max_rows: int = Field(default=32, ge=1)
     engine_max_tokens: int = Field(default=2048, ge=16)
+    #: Tokens whose keys and values an engine holds at once; 0 takes a quarter of what all rows could have.
+    engine_kv_tokens: int = Field(default=0, ge=0)
+    #: Bytes for the adapters that an engine holds.
+    engine_adapter_memory: int = Field(default=1024**3, ge=0)
 
     #: "auto" takes bfloat16 where the processor has it, else float32.
     dtype: str = Field(default="auto", pattern="^(auto|bfloat16|float32)$")
@@ -93,7 +106,10 @@ class Settings(DatabaseSettings):
         self.cache_dir = self.cache_dir.expanduser().resolve()
         self.storage_dir = (self.home / self.storage_dir).resolve()
         self.broker_url = self.broker_url or "filesystem://"
-        self.engine_base_model = self.engine_base_model or next(iter(self.base_models), "")
+        self.engine_advertise_url = self.engine_advertise_url.replace("{hostname}", socket.gethostname()).rstrip("/")
+        self.engine_kv_tokens = self.engine_kv_tokens or max(
+            self.engine_max_tokens, self.engine_max_rows * self.engine_max_tokens // 4
+        )
         return self
 
     @property

@@ -7,6 +7,7 @@ from logging.config import fileConfig
 from alembic import context
 from sqlalchemy import Connection
 
+import api.engines.models
 import api.files.models
 import api.jobs.models
 import api.models.models

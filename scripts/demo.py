@@ -119,7 +119,7 @@ def own_settings(home: Path) -> Settings:
     for name in ("UORA_DATABASE_URL", "UORA_BROKER_URL", "UORA_STORAGE_DIR", "UORA_ENGINE_TOKEN"):
         os.environ.pop(name, None)
     os.environ["UORA_HOME"] = str(home)
-    os.environ["UORA_ENGINE_URL"] = f"http://127.0.0.1:{free_port()}"
+    os.environ["UORA_ENGINE_ADVERTISE_URL"] = f"http://127.0.0.1:{free_port()}"
     return load_settings()
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session, aliased, sessionmaker
 
 import api.projects.models  # noqa: F401 - jobs refer to its table
-from api.database import UtcDateTime, now
+from api.database import database_now
 from api.jobs.models import Job, JobStatus
 from api.jobs.repository import state_step
 
@@ -193,16 +193,6 @@ def fenced(session: Session, lease: Lease) -> Job:
     return session.execute(
         select(Job).where(Job.id == lease.job_id).execution_options(populate_existing=True)
     ).scalar_one()
-
-
-def database_now(session: Session) -> datetime:
-    """The database's clock, so that workers whose own clocks differ agree on when a lease runs out.
-
-    SQLite has none, and needs none: all its users are on one machine.
-    """
-    if session.get_bind().dialect.name == "postgresql":
-        return session.execute(select(func.clock_timestamp(type_=UtcDateTime()))).scalar_one()
-    return now()
 
 
 def _held(lease: Lease) -> ColumnElement[bool]:

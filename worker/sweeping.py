@@ -1,4 +1,4 @@
-"""Looks after jobs that nobody looks after: lost messages, vanished trainers, cancels that nobody saw."""
+"""Looks after what nobody looks after: lost messages, vanished trainers and engines, cancels that nobody saw."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import logging
 from sqlalchemy import ColumnElement, and_, false, or_, select
 from sqlalchemy.orm import Session
 
+from api.database import database_now
+from api.engines import repository
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
 from worker import failures
 from worker.context import Resources
-from worker.lease import database_now
 from worker.results import mark_cancelled, mark_failed, mark_paused
 
 logger = logging.getLogger(__name__)
 
 #: Messages of one sweep and task; what waits beyond them is rung for when these are taken.
 MAX_RINGS = 100
+#: How long a dead engine's row is kept, in ``engine_ttl``, for those who look for what happened.
+KEPT_TTLS = 12
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, then ring for those that wait for one."""
+    """End or pause the jobs that no trainer will, ring for those that wait for one, forget engines that died."""
     _end_abandoned(held)
     _ring_again(held)
+    _forget_engines(held)
 
 
 def _end_abandoned(held: Resources) -> None:
@@ -63,6 +67,12 @@ def _ring_again(held: Resources) -> None:
         if job_ids and held.queue.waiting(task) == 0:
             for job_id in job_ids:
                 held.queue.send(task, job_id)
+
+
+def _forget_engines(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        for url in repository.remove_silent(session, silence=KEPT_TTLS * held.settings.engine_ttl):
+            logger.warning("engine %s: it gave no heartbeat and is forgotten", url)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

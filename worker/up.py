@@ -1,7 +1,7 @@
 """The whole service on one machine: ``python -m worker.up`` (``make up``).
 
-Migrates the database, runs every process of the Procfile, and on the first start makes a project and a key. Ctrl-C
-stops them all; when one of them ends, the others are stopped too.
+Migrates the database, runs every process of the Procfile, the engine once for each base model, and on the first start
+makes a project and a key. Ctrl-C stops them all; when one of them ends, the others are stopped too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -87,19 +88,65 @@ def first_key(settings: Settings) -> str | None:
         return None if has_keys(session, project.id) else create_api_key(session, project, name="first key")
 
 
-def make_manager(*, host: str, port: int, engine_url: str) -> Manager:
-    """All processes of the Procfile, not started yet."""
+@dataclass(frozen=True)
+class EngineProcess:
+    """An engine to start: its name among the processes, its base model, and where it listens."""
+
+    name: str
+    base_model: str
+    host: str
+    port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells it so."""
+        return {
+            "UVICORN_HOST": self.host,
+            "UVICORN_PORT": str(self.port),
+            "UORA_ENGINE_ADVERTISE_URL": f"http://{self.host}:{self.port}",
+            "UORA_ENGINE_BASE_MODEL": self.base_model,
+        }
+
+
+def plan_engines(settings: Settings) -> list[EngineProcess]:
+    """``engine_replicas`` engines for each base model, or for the one that is chosen, on ports one after the other."""
+    chosen = "engine_base_model" in settings.model_fields_set
+    base_models = [settings.engine_base_model] if chosen else list(settings.base_models)
+    served = [base_model for base_model in base_models for _ in range(settings.engine_replicas)]
+    first = urlsplit(settings.engine_advertise_url)
+    return [
+        EngineProcess(
+            name="engine" if len(served) == 1 else f"engine.{number}",
+            base_model=base_model,
+            host=first.hostname or "127.0.0.1",
+            port=(first.port or 80) + number - 1,
+        )
+        for number, base_model in enumerate(served, start=1)
+    ]
+
+
+def make_manager(*, host: str, port: int, settings: Settings) -> Manager:
+    """All processes of the Procfile, not started yet; its engine as often as `plan_engines` says."""
     manager = Manager()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    engine = urlsplit(engine_url)
-    addresses = {
-        "api": {"UVICORN_HOST": host, "UVICORN_PORT": str(port)},
-        "engine": {"UVICORN_HOST": engine.hostname or "127.0.0.1", "UVICORN_PORT": str(engine.port or 80)},
+    engines = plan_engines(settings)
+    threads = {"UORA_TORCH_THREADS": str(threads_per_engine(settings, engines=len(engines)))}
+    copies: dict[str, dict[str, dict[str, str]]] = {
+        "api": {"api": {"UVICORN_HOST": host, "UVICORN_PORT": str(port)}},
+        "engine": {engine.name: engine.environment | threads for engine in engines},
     }
-    for name, line in parse_procfile((ROOT / "Procfile").read_text()).processes.items():
-        env = {**os.environ, "PATH": path, **addresses.get(name, {})}
-        manager.add_process(name, f"exec {line}", env=env, cwd=str(ROOT))  # exec: no shell between us and it
+    for process, line in parse_procfile((ROOT / "Procfile").read_text()).processes.items():
+        for name, addition in copies.get(process, {process: {}}).items():
+            env = {**os.environ, "PATH": path, **addition}
+            manager.add_process(name, f"exec {line}", env=env, cwd=str(ROOT))  # exec: no shell between us and it
     return manager
+
+
+def threads_per_engine(settings: Settings, *, engines: int) -> int:
+    """torch threads of each engine: as set, else its share of the cores; 0 leaves a single one to torch's choice."""
+    if settings.torch_threads or engines == 1:
+        return settings.torch_threads
+    return max(1, (os.cpu_count() or 1) // engines)
 
 
 def check_free(host: str, port: int) -> None:
@@ -143,13 +190,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     settings = load_settings()
-    engine = urlsplit(settings.engine_url)
     check_free(arguments.host, arguments.port)
-    check_free(engine.hostname or "127.0.0.1", engine.port or 80)
+    for engine in plan_engines(settings):
+        check_free(engine.host, engine.port)
     migrate(settings)
     # honcho has no other place for it; its 5 seconds would cost a trainer the step it is in, and its state.
     honcho_manager.KILL_WAIT = (settings.pause_grace + settings.stop_grace).total_seconds() + STOP_SECONDS
-    manager = make_manager(host=arguments.host, port=arguments.port, engine_url=settings.engine_url)
+    manager = make_manager(host=arguments.host, port=arguments.port, settings=settings)
     url = f"http://{arguments.host}:{arguments.port}"
     threading.Thread(target=_welcome, args=(settings, url), daemon=True).start()
     manager.loop()

@@ -1,33 +1,21 @@
 """The engine's internal HTTP: a request goes out, lines of JSON come back as they are made.
 
-The bodies are defined here for both sides; `EngineClient` is the api's.
+The bodies are defined here for both sides; `generate` is the api's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, Self
 
-import httpx
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from api.errors import (
-    ApiError,
-    DeadlineExceeded,
-    EngineBusy,
-    EngineUnavailable,
-    InvalidRequest,
-    ModelNotFound,
-    RateLimited,
-)
+from api.engines.client import EngineClient
+from api.errors import ApiError, DeadlineExceeded, EngineUnavailable
 
 log = structlog.get_logger(__name__)
-
-#: A readiness check must answer before the one who asks gives up.
-READY_TIMEOUT_SECONDS = 3.0
 
 
 #: Tasks whose models answer with text.
@@ -172,68 +160,40 @@ _EVENTS: TypeAdapter[Start | Delta | Finish | Failure] = TypeAdapter(
 )
 
 
-class EngineClient:
-    """The engine behind ``client``'s base URL."""
+@asynccontextmanager
+async def generate(engine: EngineClient, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    """Begin to generate. Leaving the block closes the connection, which cancels what is not done.
 
-    def __init__(self, client: httpx.AsyncClient, *, token: str) -> None:
-        self._client = client
-        self._headers = {"Authorization": f"Bearer {token}"}
-
-    async def ready(self) -> str:
-        """The name of the base model that the engine has loaded.
-
-        Raises:
-            EngineUnavailable: it does not answer, or has not loaded it yet.
-        """
-        try:
-            response = await self._client.get("/readyz", headers=self._headers, timeout=READY_TIMEOUT_SECONDS)
-            response.raise_for_status()
-            return str(response.json()["base_model"])
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise EngineUnavailable("The engine does not answer or has not loaded its model yet.") from error
-
-    @asynccontextmanager
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        """Begin to generate. Leaving the block closes the connection, which cancels what is not done.
-
-        Raises:
-            ModelNotFound: the engine has no such adapter or base model.
-            InvalidRequest: the prompt does not fit the model's context, or the engine refuses another of its values.
-            EngineBusy: too many requests wait for a row; the client may try again.
-            RateLimited: too many of them are the project's own.
-            EngineUnavailable: it does not answer, or its answer cannot be read.
-        """
-        try:
-            async with self._client.stream(
-                "POST", "/generate", json=request.model_dump(), headers=self._headers
-            ) as response:
-                if response.status_code != 200:
-                    _refuse(response.status_code, await response.aread(), request=request)
-                async with aclosing(_events(response)) as events:
-                    yield events
-        except httpx.HTTPError as error:
-            raise _unavailable(error) from error
+    Raises:
+        ModelNotFound: the engine has no such adapter or base model.
+        InvalidRequest: the prompt does not fit the model's context, or the engine refuses another of its values.
+        EngineBusy: too many requests wait for a row; the client may try again.
+        RateLimited: too many of them are the project's own.
+        EngineUnavailable: none answers, or its answer breaks off or cannot be read.
+    """
+    model = request.adapter.id if request.adapter else request.base_model
+    stream = engine.stream("/generate", request.model_dump(), base_model=request.base_model, model=model)
+    async with stream as pieces, aclosing(_events(pieces)) as events:
+        yield events
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[Event, None]:
+async def _events(pieces: AsyncIterator[bytes]) -> AsyncGenerator[Event, None]:
     """The engine's lines as events; a failure among them is raised."""
     try:
-        async for line in _lines(response):
+        async for line in _lines(pieces):
             event = _EVENTS.validate_json(line)
             if isinstance(event, Failure):
                 raise _failed(event)
             yield event
-    except httpx.HTTPError as error:
-        raise _unavailable(error) from error
     except ValidationError as error:
         log.exception("engine_line_not_understood")
         raise EngineUnavailable("The engine's answer could not be read; its log and the api's tell more.") from error
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Whole lines. Not httpx's, which also ends a line at the separators that a text may contain."""
     rest = b""
-    async for piece in response.aiter_bytes():
+    async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.strip():
@@ -245,38 +205,3 @@ def _failed(failure: Failure) -> ApiError:
         return DeadlineExceeded(failure.message)
     log.error("generation_failed", code=failure.code, message=failure.message)
     return EngineUnavailable(failure.message, code=failure.code)
-
-
-def _unavailable(error: httpx.HTTPError) -> EngineUnavailable:
-    log.error("engine_unavailable", error=repr(error))
-    if isinstance(error, httpx.TimeoutException):
-        return EngineUnavailable("The engine did not answer in time; try again.", code="engine_timeout")
-    return EngineUnavailable("The engine does not answer; try again.")
-
-
-def _refuse(status: int, body: bytes, *, request: GenerateRequest) -> NoReturn:
-    """Raise what the engine's refusal means for a caller of the api."""
-    detail = _error_detail(body)
-    code, message = str(detail.get("code")), str(detail.get("message"))
-    if code in ("adapter_not_found", "model_not_found"):
-        name = request.adapter.id if request.adapter else request.base_model
-        raise ModelNotFound(f"The model {name!r} is not served: {message}", param="model")
-    if status == 503 and code == "engine_busy":
-        raise EngineBusy("The engine is busy; try again.", retry_after=detail.get("retry_after"))
-    if status == 429:
-        raise RateLimited(
-            "Too many of this project's requests are waiting for the engine; try again.",
-            retry_after=detail.get("retry_after"),
-        )
-    if status == 400:
-        raise InvalidRequest(message, code=code, param=detail.get("param"))
-    log.error("engine_refused", status=status, code=code, message=message)
-    raise EngineUnavailable("The engine refused the request; the api's log names the cause.")
-
-
-def _error_detail(body: bytes) -> dict[str, Any]:
-    try:
-        detail = json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return detail if isinstance(detail, dict) else {}

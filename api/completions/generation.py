@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import structlog
 
-from api.completions.engine import Delta, EngineClient, Event, Finish, GenerateRequest, Provenance, Start, TokenLogprob
+from api.completions.engine import Delta, Event, Finish, GenerateRequest, Provenance, Start, TokenLogprob, generate
 from api.database import new_id
+from api.engines.client import EngineClient
 from api.errors import ApiError, EngineUnavailable
 
 log = structlog.get_logger(__name__)
@@ -88,7 +89,7 @@ class Generation:
         """Send the request and wait until the engine has accepted the prompts."""
         stack = AsyncExitStack()
         try:
-            events = await stack.enter_async_context(engine.generate(request))
+            events = await stack.enter_async_context(generate(engine, request))
             start = await anext(events, None)
             if not isinstance(start, Start):
                 raise EngineUnavailable("The engine ended before it began to answer; try again.")

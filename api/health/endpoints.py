@@ -19,7 +19,7 @@ async def healthz() -> Alive:
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 async def readyz(response: Response, resources: ResourcesDep) -> Readiness:
-    """Say whether the database and the engine answer; 503 if one does not."""
+    """Say whether the database answers and an engine is live; 503 if not."""
     readiness = await service.check(resources)
     response.status_code = 200 if readiness.status == "ready" else 503
     return readiness

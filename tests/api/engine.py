@@ -52,7 +52,6 @@ class ScriptedEngine:
     refusal: tuple[int, dict[str, Any]] | None = None
     #: Stop for this long before each line.
     pause_seconds: float = 0.0
-    ready: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
     #: Generations that ran to their last line, and those whose connection was closed before.
     completed: int = 0
@@ -67,14 +66,8 @@ class ScriptedEngine:
         return Starlette(
             routes=[
                 Route("/generate", self._generate, methods=["POST"]),
-                Route("/readyz", self._ready, methods=["GET"]),
             ]
         )
-
-    async def _ready(self, _request: Request) -> Response:
-        if not self.ready:
-            return JSONResponse({"error": {"code": "loading", "message": "loading"}}, status_code=503)
-        return JSONResponse({"base_model": "tiny", "base_digest": "0" * 64})
 
     async def _generate(self, request: Request) -> Response:
         if request.headers.get("authorization") != f"Bearer {self.token}":

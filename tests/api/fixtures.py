@@ -25,6 +25,7 @@ from tests.api.support import (
     empty_database,
     make_tenant,
     migrate,
+    register_engine,
     serve,
 )
 
@@ -80,13 +81,14 @@ def live_service(
             home=tmp_path_factory.mktemp("home"),
             database_url=database_url,
             base_models={"tiny": "path:/nowhere", "org/slashed": "path:/nowhere"},
-            engine_url=engine_url,
             engine_token=TOKEN,
             max_upload_bytes=1_000_000,
             max_json_bytes=200_000,
             max_inline_adapter_bytes=100_000,
             engine_max_rows=4,
         )
+        for base_model in ("tiny", "org/slashed"):
+            register_engine(sessions, engine_url, base_model=base_model)
         nobody = Tenant(project_id="", slug="", key="")
         with serve(create_app(settings, queue=queue)) as url:
             yield Service(

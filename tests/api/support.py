@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from alembic.config import Config
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.database import new_id, now
+from api.engines.models import EngineReplica
 from api.projects.service import create_api_key, create_project
 from api.queue import TaskName
 from api.settings import Settings
@@ -137,6 +140,15 @@ def make_tenant(session: Session, name: str) -> Tenant:
     project = create_project(session, name)
     key = create_api_key(session, project, name="tests")
     return Tenant(project_id=project.id, slug=project.slug, key=key)
+
+
+def register_engine(sessions: sessionmaker[Session], url: str, **values: Any) -> str:
+    """Add an engine that needs no heartbeat for as long as the tests run; returns its id."""
+    tomorrow = now() + timedelta(days=1)
+    row = {"base_model": "tiny", "base_digest": "0" * 64, "capacity": 4, "heartbeat_at": tomorrow} | values
+    with sessions.begin() as session:
+        session.add(engine := EngineReplica(id=new_id("engine-"), url=url, **row))
+    return engine.id
 
 
 def alembic_config(url: str) -> Config:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from api.database import make_engine, make_sessions
 from api.main import create_app
 from api.settings import Settings
-from tests.api.support import NO_TLS, RecordingQueue, make_tenant, migrate, serve
+from tests.api.support import NO_TLS, RecordingQueue, make_tenant, migrate, register_engine, serve
 from tests.tiny import make_tiny_llama, make_tiny_tokenizer
 from tests.worker.engine.test_app import make_adapter
 from uora.artifact import dumps
@@ -68,11 +68,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def whole(settings: Settings) -> Iterator[OpenAI]:
     """A client of an api before a real engine."""
     migrate(settings.database_url)
-    with make_sessions(make_engine(settings.database_url)).begin() as session:
+    sessions = make_sessions(make_engine(settings.database_url))
+    with sessions.begin() as session:
         key = make_tenant(session, "Acme").key
     with serve(create_engine(settings)) as engine_url:
-        pointed = settings.model_copy(update={"engine_url": engine_url})
-        with serve(create_app(pointed, queue=RecordingQueue())) as url:
+        register_engine(sessions, engine_url, base_model="emoji")
+        with serve(create_app(settings, queue=RecordingQueue())) as url:
             transport = openai.DefaultHttpxClient(verify=NO_TLS)
             yield OpenAI(base_url=f"{url}/v1", api_key=key, http_client=transport, max_retries=0, timeout=60)
 

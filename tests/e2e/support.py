@@ -64,7 +64,7 @@ def service(home: Path, base_models: dict[str, str], **environment: str) -> Iter
         "UORA_HOME": str(home),
         "UORA_CACHE_DIR": os.environ.get("UORA_CACHE_DIR", str(Path.home() / ".cache" / "uora")),
         "UORA_BASE_MODELS": json.dumps(base_models),
-        "UORA_ENGINE_URL": f"http://127.0.0.1:{free_port()}",
+        "UORA_ENGINE_ADVERTISE_URL": f"http://127.0.0.1:{free_port()}",
         **environment,
     }
     with log.open("ab") as output:

@@ -75,7 +75,7 @@ def load_model(
         copies_in = None
     copy = copies_in and copy_folder(local, dtype, cache_dir=copies_in)
     # A copy belongs to weights, which models with different configurations may have in common.
-    of_copy = {"config": _config(local)} if copy and copy.is_dir() else {}
+    of_copy = {"config": load_config(local)} if copy and copy.is_dir() else {}
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -155,7 +155,7 @@ def load_skeleton(local: LocalModel, *, task: Task = "chat") -> PreTrainedModel:
         with torch.device("meta"):
             # Their methods have no types.
             auto: Any = AutoModelForCausalLM if task in ("chat", "completion") else AutoModel
-            model = auto.from_config(_config(local))
+            model = auto.from_config(load_config(local))
     except _UNUSABLE as error:
         raise BaseModelError(f"The base model {local.name!r} cannot be built: {last_line(error)}") from error
     return cast(PreTrainedModel, model)
@@ -181,7 +181,7 @@ def load_text_inputs(local: LocalModel) -> TextInputs:
         BaseModelError: the directory's tokenizer or configuration cannot be read.
     """
     tokenizer = load_tokenizer(local)
-    config = _config(local)
+    config = load_config(local)
     return TextInputs(
         tokenizer=tokenizer,
         # Some models number positions from 2: the tokenizer knows how many are left.
@@ -216,14 +216,19 @@ def context_tokens(local: LocalModel) -> int:
         BaseModelError: its configuration does not say.
     """
     try:
-        return int(_config(local).get_text_config().max_position_embeddings)
+        return int(load_config(local).get_text_config().max_position_embeddings)
     except AttributeError as error:
         raise BaseModelError(
             f"The configuration of {local.name!r} does not give max_position_embeddings: {last_line(error)}"
         ) from error
 
 
-def _config(local: LocalModel) -> PretrainedConfig:
+def load_config(local: LocalModel) -> PretrainedConfig:
+    """The base model's configuration.
+
+    Raises:
+        BaseModelError: the directory's configuration cannot be read.
+    """
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(local.directory, local_files_only=True))
     except _UNUSABLE as error:

@@ -21,12 +21,14 @@ from starlette.concurrency import run_in_threadpool
 from api.completions.engine import Delta as DeltaLine
 from api.completions.engine import Failure, Finish, GenerateRequest, Start
 from api.completions.engine import TokenLogprob as TokenLogprobLine
+from api.database import make_engine, make_sessions
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine.preparing import EngineError, Prepared, prepare, provenance, system_fingerprint
+from worker.engine.registration import Description, Registration
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
@@ -46,7 +48,10 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
         runner = await run_in_threadpool(build, settings)
         runner.scheduler.start()
         app.state.runner = runner
+        registration = app.state.registration = _registration(settings, runner)
+        registration.start()
         yield
+        await run_in_threadpool(registration.stop)
         await run_in_threadpool(runner.scheduler.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -57,6 +62,22 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
     app.get("/readyz")(readyz)
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
     return app
+
+
+def _registration(settings: Settings, runner: Runner) -> Registration:
+    description = Description(
+        url=settings.engine_advertise_url,
+        base_model=runner.base.name,
+        base_digest=runner.base.digest,
+        capacity=settings.engine_max_rows,
+    )
+    scheduler, bank = runner.scheduler, runner.bank
+    return Registration(
+        make_sessions(make_engine(settings.database_url)),
+        description,
+        load=lambda: {"running": scheduler.running, "waiting": scheduler.waiting, "resident": len(bank)},
+        interval=settings.engine_heartbeat_interval,
+    )
 
 
 def _authenticate(request: Request) -> None:
@@ -87,9 +108,14 @@ def healthz() -> dict[str, str]:
 
 
 def readyz(request: Request) -> dict[str, str]:
-    """The base model is loaded."""
+    """The base model is loaded; ``id`` is the engine's in the database."""
     base = _runner(request).base
-    return {"status": "ok", "base_model": base.name, "base_digest": base.digest}
+    return {
+        "status": "ok",
+        "id": request.app.state.registration.id,
+        "base_model": base.name,
+        "base_digest": base.digest,
+    }
 
 
 def _runner(request: Request) -> Runner:

@@ -18,6 +18,7 @@ from uora.serving.generation import Batcher, check_servable, end_tokens
 from uora.serving.grammar import Grammars
 from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
+from worker.engine.fitting import check_fits
 from worker.engine.scheduler import Scheduler
 
 log = structlog.get_logger()
@@ -65,6 +66,7 @@ def build_runner(settings: Settings) -> Runner:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BaseModelError(f"{name}: streaming needs a fast tokenizer, found {type(tokenizer).__name__}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_fits(base, settings, device)
     model = load_model(base, dtype=pick_dtype(settings.dtype), device=device)
     check_servable(model)
     # The exact weights, whatever the engine's precision: adapters stand on the same singular vectors everywhere.

@@ -59,6 +59,16 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that have a row."""
+        return len(self._batcher.generations)
+
     def submit(self, generations: Sequence[Generation], artifact: Artifact | None) -> None:
         """Queue the answers of one request.
 

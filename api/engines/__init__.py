@@ -1,0 +1,1 @@
+"""The engines that are up, and which of them takes a request."""
