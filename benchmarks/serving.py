@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -87,8 +85,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
-        tokenizer = load_tokenizer(self.base)
-        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(self.base))
         self.plain = self._load()
         self.modules = tuple(targets.find(self.plain, "q,v").values())
         self.lora = _mixed_lora(self._load(), arguments.streams)
@@ -98,9 +95,9 @@ class Bench:
         )
         self.batcher = Batcher(served, tokenizer, self.bank, max_rows=arguments.streams)
         self.batcher._end_tokens = frozenset()  # every answer has all its tokens, as the peers' have
-        draw = random.Random(0)
-        self.prompts = [
-            [draw.randrange(5, 49_000) for _ in range(draw.randint(32, 128))] for _ in range(arguments.requests)
+        draw = np.random.default_rng(0)
+        self.prompts: list[list[int]] = [
+            draw.integers(5, 49_000, size=draw.integers(32, 129)).tolist() for _ in range(arguments.requests)
         ]
         self.bytes: dict[str, int] = {}
         self.digests = {hits: self._fill(hits=hits) for hits in (True, False)}
@@ -138,8 +135,8 @@ class Bench:
         yield "peft", self._peft
 
     def _uniform(self, size: int, *, hits: bool) -> list[str]:
-        draw = random.Random(size)
-        return [self.digests[hits][draw.randrange(size)] for _ in self.prompts]
+        drawn = np.random.default_rng(size).integers(size, size=len(self.prompts))
+        return [self.digests[hits][number] for number in drawn]
 
     def _zipf(self) -> list[str]:
         weights = 1 / np.arange(1, self.arguments.adapters + 1)
