@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,18 +51,35 @@ class _Group:
     batch: FamilyBatch
     places: Tensor | None  # (k,) their places in the batch; None when they are the whole batch
 
-    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
-        """Add these rows' updates to ``outs``, each ``(rows, n, out)``, of modules that all read ``x``."""
-        adapted = [(module, out) for module, out in zip(modules, outs, strict=True) if module in self.batch]
+    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
+        """Add these rows' updates to ``out (rows, n, outs)``, of modules that all read ``x (rows, n, in)``."""
+        adapted = {module: place for module, place in modules.items() if module in self.batch}
         own = x if self.places is None else x.index_select(0, self.places)
-        updates = self.batch.updates([module for module, _ in adapted], own)
-        for (_, out), (update, factor) in zip(adapted, updates, strict=True):
-            if self.places is not None:
-                out.index_add_(0, self.places, update if factor is None else update * factor)
-            elif factor is None:
-                out.add_(update)
-            else:
-                out.addcmul_(update, factor)
+        update, factor = self.batch.update(list(adapted), own)
+        start = 0
+        for place in _neighbours(adapted.values()):
+            part = slice(start, start + place.stop - place.start)
+            self._add(out[..., place], update[..., part], None if factor is None else factor[..., part])
+            start = part.stop
+
+    def _add(self, out: Tensor, update: Tensor, factor: Tensor | None) -> None:
+        if self.places is not None:
+            out.index_add_(0, self.places, update if factor is None else update * factor)
+        elif factor is None:
+            out.add_(update)
+        else:
+            out.addcmul_(update, factor)
+
+
+def _neighbours(places: Iterable[slice]) -> list[slice]:
+    """Places in their order, those that touch as one."""
+    found: list[slice] = []
+    for place in places:
+        if found and found[-1].stop == place.start:
+            found[-1] = slice(found[-1].start, place.stop)
+        else:
+            found.append(place)
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,15 +114,18 @@ class Composition:
             groups.append(_Group(batch, places))
         return Composition(self.rows, tuple(groups), tuple(lengths))
 
-    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
-        """Add to the outputs ``(..., out)`` of ``modules``, which all read ``x (..., in)``, each row's own update."""
+    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
+        """Add each row's own update to the outputs ``(..., outs)`` of modules that all read ``x (..., in)``.
+
+        ``modules`` have their places among the outputs, in their order.
+        """
         groups = [group for group in self.groups if any(module in group.batch for module in modules)]
         if not groups:
             return
         x = x.reshape(self.size, -1, x.shape[-1])
-        views = [out.view(self.size, -1, out.shape[-1]) for out in outs]
+        out = out.view(self.size, -1, out.shape[-1])
         for group in groups:
-            group.add(modules, x, views)
+            group.add(modules, x, out)
 
 
 class BankedLinear(nn.Module):
@@ -130,7 +150,7 @@ class BankedLinear(nn.Module):
         # 49,152 tokens and 16 rows) where copying the activations costs nothing.
         x = x.contiguous()
         result: Tensor = self._product(x)
-        self._bank[0].add([self.name], x, [result])
+        self._bank[0].add({self.name: slice(0, result.shape[-1])}, x, result)
         return result
 
 
@@ -327,11 +347,11 @@ class AdapterBank:
         """Whether any row adapts the output embeddings."""
         return any(self._output_name in group.batch for group in composition.groups if self._output_name)
 
-    def add(self, modules: Sequence[str], x: Tensor, outs: Sequence[Tensor]) -> None:
+    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
         """Add the running batch's updates, as `Composition.add` does."""
-        composition = self._outputs if modules[0] == self._output_name else self.composition
+        composition = self._outputs if self._output_name in modules else self.composition
         if composition is not None:
-            composition.add(modules, x, outs)
+            composition.add(modules, x, out)
 
 
 def _output_name(model: nn.Module) -> str | None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self, assert_never
 
@@ -26,8 +26,10 @@ from uora.serving.rows import Row, Stack
 from uora.spec import AdapterSpec, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 from uora.svd import BaseWeights, osora_update
 
-#: An update is the product, times the factor where there is one.
+#: The updates of some modules side by side, ``(rows, n, outs)``: a product, times the factor where there is one.
 Update = tuple[Tensor, Tensor | None]
+#: Tokens up to which the products of several modules with their second frames are one, though half of it is zeros.
+_FEW_TOKENS = 64
 
 
 class FamilyBatch(Protocol):
@@ -39,8 +41,8 @@ class FamilyBatch(Protocol):
     def spread(self, lengths: Sequence[int]) -> Self:
         """Row i repeated ``lengths[i]`` times: as many rows as there are tokens."""
 
-    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
-        """Updates of modules that all read ``x (rows, n, in)``, each ``(rows, n, out)``, in the dtype of ``x``."""
+    def update(self, modules: Sequence[str], x: Tensor) -> Update:
+        """The updates of modules that all read ``x (rows, n, in)``, side by side, in the dtype of ``x``."""
 
 
 class ServingFamily(Protocol):
@@ -121,6 +123,7 @@ class FrameBatch:
             b: of each module, ``(rows, out)``.
         """
         self._frames, self._index, self._blend, self._scale, self._b = frames, index, blend, scale, b
+        self._joined: dict[tuple[str, ...], _Joined] = {}
 
     def __contains__(self, module: str) -> bool:
         return module in self._index
@@ -132,27 +135,46 @@ class FrameBatch:
         b = {module: rows.index_select(0, index) for module, rows in self._b.items()}
         return FrameBatch(self._frames, self._index, blend=blend, scale=self._scale.index_select(0, index), b=b)
 
-    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
-        """The product with A is one for all modules."""
-        both = self._blend is not None
+    def update(self, modules: Sequence[str], x: Tensor) -> Update:
+        """The product with A is one for all modules, and so is, for few tokens, the one with their Bs."""
+        own = self._of(tuple(modules), x)
         rows, n, features = x.shape
-        down = down_product(self._frames, features, both=both, like=x)(x)
-        down = down.view(rows, n, 1, -1, self._frames.r)
-        places = self._places(modules)
-        if self._blend is not None:
-            down = (down * self._blend[:, None, places].to(x.dtype)).sum(3, keepdim=True)
-        scaled = (down * self._scale[:, None, places].to(x.dtype)).flatten(3)  # (rows, n, modules, frames * r)
-        for place, module in enumerate(modules):
-            b = self._b[module]
-            up = up_product(self._frames, b.shape[-1], both=both, like=x)
-            yield up(scaled[:, :, place]), b.unsqueeze(1).to(x.dtype)
+        both = own.blend is not None
+        down = down_product(self._frames, features, both=both, like=x)(x).view(rows, n, 1, -1, self._frames.r)
+        if own.blend is not None:
+            start, target = own.blend
+            down = torch.addcmul(down[..., :1, :] * start, down[..., 1:, :], target)
+        scaled = (down * own.scale).flatten(3)  # (rows, n, modules, frames * r)
+        if rows * n <= _FEW_TOKENS:
+            return up_product(self._frames, own.outs, both=both, like=x)(scaled.flatten(2)), own.b
+        ups = [up_product(self._frames, (out,), both=both, like=x) for out in own.outs]
+        return torch.cat([up(scaled[:, :, place]) for place, up in enumerate(ups)], dim=-1), own.b
 
-    def _places(self, modules: Sequence[str]) -> slice | list[int]:
-        """Where the modules are; mostly side by side or evenly spaced, which costs no copy."""
-        places = [self._index[module] for module in modules]
-        step = places[1] - places[0] if len(places) > 1 else 1
-        even = list(range(places[0], places[-1] + 1, step)) if step > 0 else []
-        return slice(places[0], places[-1] + 1, step) if even == places else places
+    def _of(self, modules: tuple[str, ...], x: Tensor) -> _Joined:
+        """Put together at the first step of a composition."""
+        if modules not in self._joined:
+            places = [self._index[module] for module in modules]
+            blend = None
+            if self._blend is not None:
+                own = self._blend[:, places].to(x.dtype).unsqueeze(1)  # (rows, 1, modules, 2, r)
+                blend = own[..., :1, :].contiguous(), own[..., 1:, :].contiguous()
+            self._joined[modules] = _Joined(
+                outs=tuple(self._b[module].shape[-1] for module in modules),
+                blend=blend,
+                scale=self._scale[:, places].to(x.dtype).unsqueeze(1),
+                b=torch.cat([self._b[module] for module in modules], dim=-1).to(x.dtype).unsqueeze(1),
+            )
+        return self._joined[modules]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The numbers of modules that read the same input: their ``outs``, blend, scale and b, as they are multiplied."""
+
+    outs: tuple[int, ...]
+    blend: tuple[Tensor, Tensor] | None
+    scale: Tensor
+    b: Tensor
 
 
 @dataclass(frozen=True)
@@ -192,12 +214,14 @@ class SingularBatch:
         spread = {name: (o.index_select(0, index), s.index_select(0, index)) for name, (o, s) in self.vectors.items()}
         return SingularBatch(self.family, spread)
 
-    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+    def update(self, modules: Sequence[str], x: Tensor) -> Update:
         """Every layer has singular vectors of its own."""
-        for module in modules:
-            o, s = self.vectors[module]
-            factors = self.family.base.factors(module, self.family.r)
-            yield osora_update(x, factors, o.float() + 1, s.float() + factors.s.to(x.device)), None
+        return torch.cat([self._update(module, x) for module in modules], dim=-1), None
+
+    def _update(self, module: str, x: Tensor) -> Tensor:
+        o, s = self.vectors[module]
+        factors = self.family.base.factors(module, self.family.r)
+        return osora_update(x, factors, o.float() + 1, s.float() + factors.s.to(x.device))
 
 
 @dataclass(frozen=True)
@@ -239,18 +263,19 @@ class PairBatch:
         """Row i repeated ``lengths[i]`` times."""
         return PairBatch(self.pairs, tuple(lengths))
 
-    def updates(self, modules: Sequence[str], x: Tensor) -> Iterator[Update]:
+    def update(self, modules: Sequence[str], x: Tensor) -> Update:
         """No row's product is another's."""
-        for module in modules:
-            a, b = (matrix.to(x.dtype) for matrix in self.pairs[module])
-            if self.lengths is None or max(self.lengths) == 1:
-                yield _pair_products(x, a, b), None
-                continue
-            parts = [
-                _pair_products(own.transpose(0, 1), a[row : row + 1], b[row : row + 1]).transpose(0, 1)
-                for row, own in enumerate(torch.split(x, list(self.lengths)))
-            ]
-            yield torch.cat(parts), None
+        return torch.cat([self._update(module, x) for module in modules], dim=-1), None
+
+    def _update(self, module: str, x: Tensor) -> Tensor:
+        a, b = (matrix.to(x.dtype) for matrix in self.pairs[module])
+        if self.lengths is None or max(self.lengths) == 1:
+            return _pair_products(x, a, b)
+        parts = [
+            _pair_products(own.transpose(0, 1), a[row : row + 1], b[row : row + 1]).transpose(0, 1)
+            for row, own in enumerate(torch.split(x, list(self.lengths)))
+        ]
+        return torch.cat(parts)
 
 
 def _pair_products(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

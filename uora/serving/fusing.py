@@ -7,6 +7,7 @@ queries and keys are rotated together, and an adapter's product with its first f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -51,15 +52,15 @@ class _Joined:
             zeros = [layer.weight.new_zeros(layer.weight.shape[0]) for layer in layers]
             bias = torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)]).detach()
         self._product = product(torch.cat([layer.weight for layer in layers]), bias)
-        self._names = [linear.name for linear in linears]
-        sizes = [layer.weight.shape[0] for layer in layers]
-        self._places = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        ends = accumulate((layer.weight.shape[0] for layer in layers), initial=0)
+        names = [linear.name for linear in linears]
+        self._modules = {name: slice(*ends) for name, ends in zip(names, pairwise(ends), strict=True)}
         self._bank = bank
 
     def __call__(self, x: Tensor) -> Tensor:
         """All outputs side by side, ``(tokens, outs)``, of ``x (tokens, in)``."""
         out = self._product(x)
-        self._bank.add(self._names, x, [out[:, place] for place in self._places])
+        self._bank.add(self._modules, x, out)
         return out
 
 
@@ -76,22 +77,21 @@ class FusedAttention(nn.Module):
         self._scaling: float = attention.scaling
         self._heads = self.q_proj.base_layer.out_features // self._size
         self._key_heads = self.k_proj.base_layer.out_features // self._size
-        self._qkv = _Joined([self.q_proj, self.k_proj, self.v_proj], bank)
+        # Keys last: adapters are mostly on queries and values, whose outputs then lie side by side.
+        self._qvk = _Joined([self.q_proj, self.v_proj, self.k_proj], bank)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: Plan, **_: Any
     ) -> tuple[Tensor, None]:
         """``(1, tokens, hidden)`` to the same, as transformers' own."""
         tokens = hidden_states.shape[1]
-        states = self._qkv(hidden_states[0]).view(tokens, -1, self._size)
-        q_and_k = states[:, : self._heads + self._key_heads]
+        states = self._qvk(hidden_states[0]).view(tokens, -1, self._size)
+        q, v, k = torch.split(states, [self._heads, self._key_heads, self._key_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_and_k = torch.cat([self.q_norm(q_and_k[:, : self._heads]), self.k_norm(q_and_k[:, self._heads :])], 1)
-        q_and_k = _rotate(q_and_k, *position_embeddings)
-        v = states[:, self._heads + self._key_heads :]
-        found = plan.attend(
-            self.layer_idx, q_and_k[:, : self._heads].contiguous(), q_and_k[:, self._heads :], v, self._scaling
-        )
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotated = _rotate(torch.cat([q, k], dim=1), *position_embeddings)
+        q, k = torch.split(rotated, [self._heads, self._key_heads], dim=1)
+        found = plan.attend(self.layer_idx, q.contiguous(), k, v, self._scaling)
         return self.o_proj(found.reshape(1, tokens, -1)), None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,21 +39,30 @@ def _has_onednn() -> bool:
 
 def down_product(family: Family, features: int, *, both: bool, like: Tensor) -> Product:
     """``A x`` for ``x (..., features)``: ``(..., r)``, or with both frames ``(..., 2 r)``, start before target."""
-    return _frame_product(family, "A", features, both, like.device, like.dtype)
+    return _down_product(family, features, both, like.device, like.dtype)
 
 
-def up_product(family: Family, features: int, *, both: bool, like: Tensor) -> Product:
-    """``B u`` for ``u (..., r)``, or with both frames ``(..., 2 r)``: ``(..., features)``."""
-    return _frame_product(family, "B", features, both, like.device, like.dtype)
+def up_product(family: Family, outs: tuple[int, ...], *, both: bool, like: Tensor) -> Product:
+    """``B u`` of modules with ``outs`` outputs side by side, ``(..., sum(outs))``.
+
+    Of ``u (..., modules * r)``, or with both frames ``(..., modules * 2 r)``: each module has its own u and B.
+    """
+    return _up_product(family, outs, both, like.device, like.dtype)
 
 
 @lru_cache(_MAX_FRAMES)
-def _frame_product(
-    family: Family, side: Side, features: int, both: bool, device: torch.device, dtype: torch.dtype
-) -> Product:
+def _down_product(family: Family, features: int, both: bool, device: torch.device, dtype: torch.dtype) -> Product:
+    return product(_frame(family, "A", features, both, torch.empty(0, device=device, dtype=dtype)))
+
+
+@lru_cache(_MAX_FRAMES)
+def _up_product(family: Family, outs: tuple[int, ...], both: bool, device: torch.device, dtype: torch.dtype) -> Product:
     like = torch.empty(0, device=device, dtype=dtype)
-    frame: Literal["A", "B"] = side
-    rows = (
-        both_frames(family, frame, features, like=like) if both else frame_tensor(family, frame, 0, features, like=like)
-    )
-    return product(rows if side == "A" else rows.T)
+    frames = [_frame(family, "B", out, both, like).T for out in outs]
+    return product(torch.block_diag(*frames))  # type: ignore[no-untyped-call]
+
+
+def _frame(family: Family, side: Side, features: int, both: bool, like: Tensor) -> Tensor:
+    if both:
+        return both_frames(family, side, features, like=like)
+    return frame_tensor(family, side, 0, features, like=like)
