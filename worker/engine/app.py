@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -17,31 +15,29 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from api.classifications.engine import ClassifyAnswer, ClassifyRequest
 from api.completions.engine import AdapterTarget, Failure, Finish, GenerateRequest, Message, Start
 from api.completions.engine import Delta as DeltaLine
+from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
+from api.errors import ClientGone
 from api.settings import Settings
 from api.telemetry import configure_logging
-from uora.artifact import Artifact, Manifest
+from uora.artifact import Artifact
 from uora.data.templates import render
 from uora.errors import AdapterNotFoundError, ArtifactError, UoraError
 from uora.serving.generation import Delta, Generation, Sampling
+from worker.engine import classify as classes
+from worker.engine.errors import EngineError
+from worker.engine.provenance import fingerprint
 from worker.engine.registration import Description, Registration
-from worker.engine.runner import Runner, build_runner
+from worker.engine.runner import Runner, Served, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
 log = structlog.get_logger()
 
 
-class EngineError(Exception):
-    """An answer other than a stream."""
-
-    def __init__(self, status: int, code: str, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-
-
-def create_app(settings: Settings | None = None, build: Callable[[Settings], Runner] = build_runner) -> FastAPI:
+def create_app(settings: Settings | None = None, build: Callable[[Settings], Served] = build_runner) -> FastAPI:
     """The engine's app. The base model is loaded before the first request is taken."""
     settings = settings or Settings()
     configure_logging()
@@ -49,13 +45,13 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runner = await run_in_threadpool(build, settings)
-        runner.scheduler.start()
+        runner.start()
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
         yield
         await run_in_threadpool(registration.stop)
-        await run_in_threadpool(runner.scheduler.stop)
+        await run_in_threadpool(runner.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.token = settings.engine_token.get_secret_value()
@@ -64,21 +60,21 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
+    app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
 
 
-def _registration(settings: Settings, runner: Runner) -> Registration:
+def _registration(settings: Settings, runner: Served) -> Registration:
     description = Description(
         url=settings.engine_advertise_url,
         base_model=runner.base.name,
         base_digest=runner.base.digest,
         capacity=settings.engine_max_rows,
     )
-    scheduler, bank = runner.scheduler, runner.bank
     return Registration(
         make_sessions(make_engine(settings.database_url)),
         description,
-        load=lambda: {"running": scheduler.running, "waiting": scheduler.waiting, "resident": len(bank)},
+        load=runner.load,
         interval=settings.engine_heartbeat_interval,
     )
 
@@ -119,12 +115,29 @@ def readyz(request: Request) -> dict[str, str]:
     }
 
 
-def _runner(request: Request) -> Runner:
-    runner: Runner = request.app.state.runner
+def _runner(request: Request) -> Served:
+    runner: Served = request.app.state.runner
     return runner
 
 
-async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_runner)]) -> StreamingResponse:
+def _text_runner(runner: Annotated[Served, Depends(_runner)]) -> Runner:
+    if isinstance(runner, Runner):
+        return runner
+    message = f"The base model {runner.base.name} writes no text; use a model of texts that was trained for it."
+    raise EngineError(400, "model_not_supported", message, param="model")
+
+
+async def classify(
+    request: Request, body: ClassifyRequest, served: Annotated[Served, Depends(_runner)]
+) -> ClassifyAnswer | JSONResponse:
+    """Give items their classes or numbers."""
+    try:
+        return await unless_disconnected(request, classes.classify(served, body))
+    except ClientGone as error:
+        return JSONResponse(_error_body(error.code, error.message), error.status)
+
+
+async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_text_runner)]) -> StreamingResponse:
     """Generate answers as a stream of JSON lines (start, delta, finish, error)."""
     if body.base_model != runner.base.name:
         raise EngineError(404, "model_not_found", f"This engine serves {runner.base.name}, not {body.base_model}.")
@@ -138,7 +151,7 @@ async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_run
         raise EngineError(503, "engine_busy", "Too many requests are waiting; try again in a moment.") from None
     except EngineStoppedError:
         raise EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.") from None
-    start = Start(prompt_tokens=len(prompt), system_fingerprint=_system_fingerprint(runner, manifest))
+    start = Start(prompt_tokens=len(prompt), system_fingerprint=fingerprint(runner.base.digest, manifest))
     return StreamingResponse(answers.lines(start), media_type="application/x-ndjson")
 
 
@@ -182,14 +195,6 @@ def _max_tokens(body: GenerateRequest, prompt_tokens: int, context: int) -> int:
             param="messages",
         )
     return body.max_tokens or room
-
-
-def _system_fingerprint(runner: Runner, manifest: Manifest | None) -> str:
-    """Names what produced an answer: base model, frames and adapter."""
-    parts = [runner.base.digest]
-    if manifest is not None:
-        parts += [json.dumps(manifest.fingerprint, sort_keys=True), manifest.digest]
-    return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
 class _Answers:
