@@ -237,26 +237,33 @@ class Classifying:
         items = [item for item in items if not item.request.done.done()]
         if not items:
             return
+        found = self._forward(items)
+        if isinstance(found, Exception) and len(items) == 1:
+            self._fail(items[0], found)
+        elif isinstance(found, Exception):
+            log.warning("pass_halved", items=len(items), error=repr(found))
+            middle = len(items) // 2
+            self._answer(items[:middle])
+            self._answer(items[middle:])
+        else:
+            for item, prediction in zip(items, found, strict=True):
+                self._tell(item, prediction)
+
+    def _forward(self, items: list[_Item]) -> list[Prediction] | Exception:
         half = self.half
         try:
             with self._turn:
                 self._make_resident(half.bank, items)
                 digests = [item.request.digest for item in items]
-                found = half.classifier.answer([item.row for item in items], digests)
-        except Exception as error:
-            if len(items) == 1:
-                self._fail(items[0], error)
-                return
-            log.warning("pass_halved", items=len(items), error=repr(error))
-            middle = len(items) // 2
-            self._answer(items[:middle])
-            self._answer(items[middle:])
-            return
-        for item, prediction in zip(items, found, strict=True):
-            if _finite(prediction):
-                item.request.answer(item.index, prediction)
-            else:
-                self._fail(item, ArithmeticError("the answer is not finite"))
+                return half.classifier.answer([item.row for item in items], digests)
+        except Exception as error:  # a value, so that a later attempt does not keep this one's tensors
+            return error.with_traceback(None) if len(items) > 1 else error
+
+    def _tell(self, item: _Item, prediction: Prediction) -> None:
+        if _finite(prediction):
+            item.request.answer(item.index, prediction)
+        else:
+            self._fail(item, ArithmeticError("the answer is not finite"))
 
     def _fail(self, item: _Item, error: Exception) -> None:
         log.error("classification_failed", adapter=item.request.digest, index=item.index, exc_info=error)
@@ -266,20 +273,20 @@ class Classifying:
 
     def _make_resident(self, bank: AdapterBank, items: list[_Item]) -> None:
         needed = {item.request.digest: item.request.artifact for item in items}
-        for digest, artifact in needed.items():
-            if digest not in self._resident and artifact is not None:
-                self._evict(bank, keep=needed.keys())
-                bank.put(artifact)
-            with self._changed:
-                if digest in bank:
-                    self._resident[digest] = None
-                    self._resident.move_to_end(digest)
+        new = [artifact for digest, artifact in needed.items() if artifact is not None and digest not in bank]
+        self._evict(bank, len(self._resident) + len(new) - self._max_adapters, keep=needed.keys())
+        for artifact in new:
+            bank.put(artifact)
+        with self._changed:
+            for digest in filter(bank.__contains__, needed):
+                self._resident[digest] = None
+                self._resident.move_to_end(digest)
 
-    def _evict(self, bank: AdapterBank, keep: Collection[str]) -> None:
-        """Make room for one more; adapters that requests hold may be more than there should be."""
+    def _evict(self, bank: AdapterBank, count: int, *, keep: Collection[str]) -> None:
+        """Remove so many adapters, but none that a request holds."""
         with self._changed:
             free = [digest for digest in self._resident if digest not in self._holders and digest not in keep]
-            evicted = free[: max(0, len(self._resident) + 1 - self._max_adapters)]
+            evicted = free[: max(0, count)]
             for digest in evicted:
                 del self._resident[digest]
         for digest in evicted:
