@@ -170,5 +170,5 @@ def _text_runner(base: LocalModel, settings: Settings, device: str) -> Runner:
         store=_store(settings),
         turn=turn,
         classifying=_classifying(lambda: build_over(base, parameters, settings), settings, turn),
-        scheduler=Scheduler(batcher, bank),
+        scheduler=Scheduler(batcher, bank, turn),
     )
