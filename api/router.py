@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
 from api.files.endpoints import router as files
 from api.handlers import ErrorBody
@@ -20,6 +21,6 @@ def make_router() -> APIRouter:
     """Mount every domain."""
     router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     router.include_router(health)
-    for domain in (files, jobs, sweeps, models, completions):
+    for domain in (files, jobs, sweeps, models, completions, classifications):
         router.include_router(domain, prefix="/v1")
     return router

@@ -64,6 +64,12 @@ class Settings(DatabaseSettings):
     #: Rows decoded together, and tokens (prompt and answer) that one row may have.
     engine_max_rows: int = Field(default=32, ge=1)
     engine_max_tokens: int = Field(default=2048, ge=16)
+    #: Items of one classification; items that may wait, and tokens of a pass over items of any requests.
+    engine_max_classify_items: int = Field(default=256, ge=1)
+    engine_max_waiting_items: int = Field(default=2048, ge=1)
+    engine_max_classify_tokens: int = Field(default=4096, ge=16)
+    #: Adapters of classifiers that stay resident while no request needs them.
+    engine_max_classifiers: int = Field(default=1024, ge=1)
     #: Tokens whose keys and values an engine holds at once; 0 takes a quarter of what all rows could have.
     engine_kv_tokens: int = Field(default=0, ge=0)
     #: Bytes for the adapters that an engine holds.

@@ -10,6 +10,7 @@ UoraError                     code, param: stable names a service can pass on
   ├── SamplingError           options of an answer that cannot be used
   │     └── SchemaError           a JSON schema that answers cannot be kept to
   ├── GenerationError         an answer that cannot be gone on with
+  │     └── DeadlineError         an answer that was not complete in time
   ├── DataError               a data set that cannot be trained on; names the place
   ├── BaseModelError          an unknown, unreachable or damaged base model
   ├── AdapterNotFoundError    a row asks for an adapter that is not loaded
@@ -95,6 +96,12 @@ class GenerationError(UoraError):
     """An answer that cannot be gone on with. The others of its batch go on."""
 
     code = "generation_failed"
+
+
+class DeadlineError(GenerationError):
+    """An answer that was not complete in the time that its request gave it."""
+
+    code = "deadline_exceeded"
 
 
 class DataError(UoraError):

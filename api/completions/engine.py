@@ -13,6 +13,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from api.engines.client import EngineClient
+from api.engines.provenance import Provenance
 from api.errors import ApiError, DeadlineExceeded, EngineUnavailable
 
 log = structlog.get_logger(__name__)
@@ -100,14 +101,6 @@ class GenerateRequest(BaseModel):
 
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Provenance(_Event):
-    """What answers: digests of the base model, the frames and the adapter; the latter two only where there are any."""
-
-    base: str
-    frames: str | None = None
-    adapter: str | None = None
 
 
 class Start(_Event):

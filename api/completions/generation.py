@@ -11,15 +11,12 @@ from typing import Any, Protocol
 
 import structlog
 
-from api.completions.engine import Delta, Event, Finish, GenerateRequest, Provenance, Start, TokenLogprob, generate
+from api.completions.engine import Delta, Event, Finish, GenerateRequest, Start, TokenLogprob, generate
 from api.database import new_id
 from api.engines.client import EngineClient
 from api.errors import ApiError, EngineUnavailable
 
 log = structlog.get_logger(__name__)
-
-#: How much of a digest tells what answered.
-DIGEST_LETTERS = 16
 
 
 @dataclass
@@ -75,7 +72,7 @@ class Generation:
         self._stack = stack
         self._prompt_tokens = sum(start.prompt_tokens)
         #: Of the HTTP answer: what produced it.
-        self.headers = {"x-uora-provenance": _provenance(start.provenance)}
+        self.headers = {"x-uora-provenance": start.provenance.header()}
         self._envelope = {
             "id": new_id(dialect.id_prefix),
             "object": dialect.whole,
@@ -162,11 +159,6 @@ class Generation:
             "completion_tokens": completion_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
         }
-
-
-def _provenance(provenance: Provenance) -> str:
-    named = provenance.model_dump(exclude_none=True)
-    return "; ".join(f"{name}={digest[:DIGEST_LETTERS]}" for name, digest in named.items())
 
 
 def _sse(data: dict[str, Any]) -> str:

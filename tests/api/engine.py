@@ -39,6 +39,14 @@ def finish(*, index: int = 0, reason: str = "stop", tokens: int = 2) -> dict[str
     return {"type": "finish", "index": index, "finish_reason": reason, "completion_tokens": tokens}
 
 
+CLASSES = {
+    "labels": ["fruit", "tool"],
+    "probabilities": [[0.25, 0.75]],
+    "values": [],
+    "prompt_tokens": 5,
+    "system_fingerprint": "fp_test",
+    "provenance": {"base": "b" * 64, "frames": "f" * 64, "adapter": "a" * 64},
+}
 HELLO = [START, delta("Hel"), delta("lo"), finish()]
 
 
@@ -48,6 +56,8 @@ class ScriptedEngine:
 
     token: str = TOKEN
     lines: list[dict[str, Any] | str] = field(default_factory=lambda: list(HELLO))
+    #: The answer to ``/classify``.
+    classes: dict[str, Any] = field(default_factory=lambda: dict(CLASSES))
     #: (status, body) instead of the lines.
     refusal: tuple[int, dict[str, Any]] | None = None
     #: Stop for this long before each line.
@@ -66,6 +76,7 @@ class ScriptedEngine:
         return Starlette(
             routes=[
                 Route("/generate", self._generate, methods=["POST"]),
+                Route("/classify", self._classify, methods=["POST"]),
             ]
         )
 
@@ -77,6 +88,18 @@ class ScriptedEngine:
             status, body = self.refusal
             return JSONResponse(body, status_code=status)
         return StreamingResponse(self._say(), media_type="application/x-ndjson")
+
+    async def _classify(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        if self.refusal is not None:
+            status, body = self.refusal
+            return JSONResponse(body, status_code=status)
+        try:
+            await asyncio.sleep(self.pause_seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return JSONResponse(self.classes)
 
     async def _say(self) -> AsyncIterator[str]:
         try:

@@ -4,12 +4,14 @@ from uora.models.inputs import Batch, Features, ImageInputs, ModelInputs, TextIn
 from uora.models.loading import (
     context_tokens,
     head_modules,
+    load_classifier_over,
     load_image_inputs,
     load_model,
     load_skeleton,
     load_text_inputs,
     load_tokenizer,
     pick_dtype,
+    served_tasks,
 )
 from uora.models.sources import (
     KNOWN_MODELS,
@@ -35,11 +37,13 @@ __all__ = [
     "context_tokens",
     "fetch",
     "head_modules",
+    "load_classifier_over",
     "load_image_inputs",
     "load_model",
     "load_skeleton",
     "load_text_inputs",
     "load_tokenizer",
     "pick_dtype",
+    "served_tasks",
     "weights_digest",
 ]

@@ -24,12 +24,18 @@ _ANY_LENGTH = 1 << 62
 class ModelInputs(Protocol):
     """What turns a user's items into a batch for a model."""
 
-    def batch(self, items: Sequence[Any]) -> Batch:
-        """One row for each item.
+    def encode_item(self, item: Any) -> Any:
+        """One row, as `collate` takes it.
 
         Raises:
-            DataError: an item does not fit the model.
+            DataError: the item does not fit the model.
         """
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """The batch of some rows."""
+
+    def batch(self, items: Sequence[Any]) -> Batch:
+        """One row for each item; errors of `encode_item`."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,13 @@ class TextInputs:
         added = self.tokenizer.num_special_tokens_to_add
         return added(pair=True) > added(pair=False)
 
+    def encode_item(self, item: str | tuple[str, str]) -> Features:
+        """`encode` of a text, or of a pair of texts."""
+        return self.encode(item) if isinstance(item, str) else self.encode(*item)
+
     def batch(self, items: Sequence[str | tuple[str, str]]) -> Batch:
         """Texts, or pairs of texts, encoded and collated."""
-        return self.collate([self.encode(item) if isinstance(item, str) else self.encode(*item) for item in items])
+        return self.collate([self.encode_item(item) for item in items])
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         """The features of all rows, padded on the right, each ``(rows, longest)``."""
@@ -109,6 +119,10 @@ class ImageInputs:
         """
         open_image(image)
         return image
+
+    def encode_item(self, item: bytes) -> bytes:
+        """`encode`, by the name that it has for every kind of input."""
+        return self.encode(item)
 
     def batch(self, items: Sequence[bytes]) -> Batch:
         """Image files, encoded and collated."""

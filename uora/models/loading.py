@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from uora.errors import BaseModelError
@@ -105,6 +111,53 @@ def load_model(
     if copies_in and not of_copy:
         keep_copy(model, local, cache_dir=copies_in)
     return model
+
+
+def load_classifier_over(local: LocalModel, parameters: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A classifier of texts whose parameters, but for its head's, are those of a text model in memory.
+
+    Args:
+        local: the base model of both.
+        parameters: the text model's, by their names, as `load_model` returned it.
+
+    Raises:
+        BaseModelError: there is no classifier of its kind.
+    """
+    config = load_config(local)
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise BaseModelError(f"The base model {local.name!r} is a {config.model_type}, which classifies no texts.")
+    config.num_labels = 1  # adapters bring their own heads
+    inside = f"{kind.base_model_prefix}."
+    weights = {name: tensor.detach() for name, tensor in parameters.items() if name.startswith(inside)}
+    some = next(iter(weights.values()))
+    with quiet(), torch.random.fork_rng():
+        classifier, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=some.dtype, output_loading_info=True
+        )
+    classifier = cast(PreTrainedModel, classifier.to(some.device).requires_grad_(False).eval())
+    keep_weight_layout(classifier)
+    classifier.config.get_text_config().pad_token_id = _pad_token(config)
+    _make_head(classifier, set(report["missing_keys"]), name=local.name)
+    return classifier
+
+
+def served_tasks(local: LocalModel) -> frozenset[Task]:
+    """What the base model can be served for, by its configuration.
+
+    Raises:
+        BaseModelError: the directory's configuration cannot be read.
+    """
+    config = load_config(local)
+    writer = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    found: set[Task] = set()
+    if writer is not None and writer in (config.architectures or [writer]):
+        found |= {"chat", "completion"}
+    if config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        found |= {"classification", "regression"}
+    if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        found |= {"image-classification"}
+    return frozenset(found)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,6 @@ class Classifier:
         self._bank = bank
         self._heads = heads
 
-    @torch.inference_mode()
     def predict(self, items: Sequence[Item], digests: Sequence[str]) -> list[Prediction]:
         """One forward over all items; row i is answered by the adapter ``digests[i]``.
 
@@ -45,9 +45,14 @@ class Classifier:
         """
         if len(items) != len(digests):
             raise ValueError(f"{len(items)} items and {len(digests)} adapters; expected one adapter for each item")
-        if not items:
+        return self.answer([self._inputs.encode_item(item) for item in items], digests)
+
+    @torch.inference_mode()
+    def answer(self, rows: Sequence[Any], digests: Sequence[str]) -> list[Prediction]:
+        """`predict` for items that ``ModelInputs.encode_item`` has made rows of."""
+        if not rows:
             return []
-        batch = {name: tensor.to(self._model.device) for name, tensor in self._inputs.batch(items).items()}
+        batch = {name: tensor.to(self._model.device) for name, tensor in self._inputs.collate(rows).items()}
         with self._bank.serving(digests), self._heads.serving(digests):
             logits = self._model(**batch).logits.float().cpu()
         return [_prediction(row, self._bank.manifests[digest]) for row, digest in zip(logits, digests, strict=True)]

@@ -237,6 +237,12 @@ class Batcher:
         self._drop(self._advance(choosing, logits))
         self._into_lanes([answer for answer in choosing if answer in self._prompts])
 
+    def clear(self) -> None:
+        """Forget all answers, without a word to them, and whatever a step that broke off has left of them."""
+        self._lanes.clear()
+        self._prompts.clear()
+        self._composition = None
+
     def _next_pieces(self) -> Iterator[tuple[_Answer, int]]:
         """Prompts to go on with in the next step, each up to a token; those that find no memory wait."""
         left = self._piece_tokens

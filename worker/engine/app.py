@@ -18,18 +18,24 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from api.classifications.engine import ClassifyAnswer, ClassifyRequest
 from api.completions.engine import Delta as DeltaLine
 from api.completions.engine import Failure, Finish, GenerateRequest, Start
 from api.completions.engine import TokenLogprob as TokenLogprobLine
+from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
+from api.errors import ClientGone
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
-from worker.engine.preparing import EngineError, Prepared, prepare, provenance, system_fingerprint
+from worker.engine import classify as classes
+from worker.engine.errors import EngineError
+from worker.engine.preparing import Prepared, prepare
+from worker.engine.provenance import fingerprint, provenance
 from worker.engine.registration import Description, Registration
-from worker.engine.runner import Runner, build_runner
+from worker.engine.runner import Runner, Served, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
 log = structlog.get_logger()
@@ -38,7 +44,7 @@ log = structlog.get_logger()
 _LEAST_LOGPROB = -9999.0
 
 
-def create_app(settings: Settings | None = None, build: Callable[[Settings], Runner] = build_runner) -> FastAPI:
+def create_app(settings: Settings | None = None, build: Callable[[Settings], Served] = build_runner) -> FastAPI:
     """The engine's app. The base model is loaded before the first request is taken."""
     settings = settings or Settings()
     configure_logging()
@@ -46,13 +52,13 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runner = await run_in_threadpool(build, settings)
-        runner.scheduler.start()
+        runner.start()
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
         yield
         await run_in_threadpool(registration.stop)
-        await run_in_threadpool(runner.scheduler.stop)
+        await run_in_threadpool(runner.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.token = settings.engine_token.get_secret_value()
@@ -61,21 +67,21 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
+    app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
 
 
-def _registration(settings: Settings, runner: Runner) -> Registration:
+def _registration(settings: Settings, runner: Served) -> Registration:
     description = Description(
         url=settings.engine_advertise_url,
         base_model=runner.base.name,
         base_digest=runner.base.digest,
         capacity=settings.engine_max_rows,
     )
-    scheduler, bank = runner.scheduler, runner.bank
     return Registration(
         make_sessions(make_engine(settings.database_url)),
         description,
-        load=lambda: {"running": scheduler.running, "waiting": scheduler.waiting, "resident": len(bank)},
+        load=runner.load,
         interval=settings.engine_heartbeat_interval,
     )
 
@@ -118,12 +124,29 @@ def readyz(request: Request) -> dict[str, str]:
     }
 
 
-def _runner(request: Request) -> Runner:
-    runner: Runner = request.app.state.runner
+def _runner(request: Request) -> Served:
+    runner: Served = request.app.state.runner
     return runner
 
 
-async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_runner)]) -> StreamingResponse:
+def _text_runner(runner: Annotated[Served, Depends(_runner)]) -> Runner:
+    if isinstance(runner, Runner):
+        return runner
+    message = f"The base model {runner.base.name} writes no text; use a model of texts that was trained for it."
+    raise EngineError(400, "model_not_supported", message, param="model")
+
+
+async def classify(
+    request: Request, body: ClassifyRequest, served: Annotated[Served, Depends(_runner)]
+) -> ClassifyAnswer | JSONResponse:
+    """Give items their classes or numbers."""
+    try:
+        return await unless_disconnected(request, classes.classify(served, body))
+    except ClientGone as error:
+        return JSONResponse(_error_body(error.code, error.message), error.status)
+
+
+async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_text_runner)]) -> StreamingResponse:
     """Generate answers as a stream of JSON lines (start, delta, finish, error)."""
     prepared = await run_in_threadpool(prepare, runner, body)
     answers = _Answers(body, prepared)
@@ -135,8 +158,8 @@ async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_run
         raise EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.") from None
     start = Start(
         prompt_tokens=[len(prompt.ids) for prompt in prepared.prompts],
-        system_fingerprint=system_fingerprint(runner, prepared.manifest),
-        provenance=provenance(runner, prepared.manifest),
+        system_fingerprint=fingerprint(runner.base.digest, prepared.manifest),
+        provenance=provenance(runner.base.digest, prepared.manifest),
     )
     return StreamingResponse(answers.lines(start), media_type="application/x-ndjson")
 

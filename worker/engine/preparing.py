@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
 
-from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest, JsonFormat, Provenance
+from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest, JsonFormat
 from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
 from uora.errors import AdapterNotFoundError, SamplingError, UoraError
 from uora.serving.grammar import Grammar
 from uora.serving.sampling import Sampling
+from worker.engine.errors import EngineError
 from worker.engine.runner import Runner
 
 log = structlog.get_logger()
-
-
-class EngineError(Exception):
-    """An answer other than a stream."""
-
-    def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -71,26 +59,6 @@ def prepare(runner: Runner, body: GenerateRequest) -> Prepared:
     if manifest is not None and body.adapter is not None and body.messages is not None:
         _check_template(runner, manifest, body.adapter)
     return Prepared(manifest, artifact, _prompts(runner, body), _sampling(runner, body))
-
-
-def provenance(runner: Runner, manifest: Manifest | None) -> Provenance:
-    """Digests of what answers."""
-    if manifest is None:
-        return Provenance(base=runner.base.digest)
-    frames = hashlib.sha256(_frames(manifest).encode()).hexdigest() if manifest.fingerprint else None
-    return Provenance(base=runner.base.digest, frames=frames, adapter=manifest.digest)
-
-
-def system_fingerprint(runner: Runner, manifest: Manifest | None) -> str:
-    """Names what produced an answer: base model, frames and adapter."""
-    parts = [runner.base.digest]
-    if manifest is not None:
-        parts += [_frames(manifest), manifest.digest]
-    return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-
-def _frames(manifest: Manifest) -> str:
-    return json.dumps(manifest.fingerprint, sort_keys=True)
 
 
 def _adapter(runner: Runner, target: AdapterTarget) -> tuple[Manifest, Artifact | None]:

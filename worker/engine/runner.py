@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -9,47 +11,95 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from api.database import make_engine, make_sessions
+from api.engines.models import Load
 from api.settings import Settings
 from uora.data.templates import template_sha256
 from uora.errors import BaseModelError
-from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
+from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype, served_tasks
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, check_servable, end_tokens
 from uora.serving.grammar import Grammars
+from uora.spec import Task
 from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
+from worker.engine.classifying import ClassifierHalf, Classifying, build_encoder, build_over
 from worker.engine.fitting import check_fits
 from worker.engine.scheduler import Scheduler
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Runner:
-    """A loaded base model with its bank and scheduler.
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A loaded base model that is asked for classes and numbers.
 
     Attributes:
         base: the base model on this machine.
-        tokenizer: its tokenizer, with the chat template.
+        store: adapters in the database.
+        turn: held by whoever lets the device compute.
+        classifying: answers with classes and numbers.
+    """
+
+    base: LocalModel
+    store: AdapterStore
+    turn: threading.Lock
+    classifying: Classifying
+
+    def start(self) -> None:
+        """Start the threads."""
+        self.classifying.start()
+
+    def stop(self) -> None:
+        """Stop them."""
+        self.classifying.stop()
+
+    def load(self) -> Load:
+        """What the engine is busy with."""
+        classes = self.classifying
+        return {"running": classes.running, "waiting": classes.waiting, "resident": classes.resident}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner(Served):
+    """One that writes text too, with its bank and scheduler.
+
+    Attributes:
+        tokenizer: the base model's tokenizer, with the chat template.
         template_sha256: of the chat template; adapters trained with another one are refused.
         context: tokens that a prompt and its answer may have together.
         grammars: what answers can be held to, over the tokenizer's tokens.
         bank: the resident adapters; only the scheduler's thread may change it.
-        store: adapters in the database.
         scheduler: runs the batch.
     """
 
-    base: LocalModel
     tokenizer: PreTrainedTokenizerFast
     template_sha256: str
     context: int
     grammars: Grammars
     bank: AdapterBank
-    store: AdapterStore
     scheduler: Scheduler
 
+    def start(self) -> None:
+        """Start the threads."""
+        super().start()
+        self.scheduler.start()
 
-def build_runner(settings: Settings) -> Runner:
+    def stop(self) -> None:
+        """Stop them."""
+        self.scheduler.stop()
+        super().stop()
+
+    def load(self) -> Load:
+        """What the engine is busy with, text and classes."""
+        classes = super().load()
+        return {
+            "running": self.scheduler.running + classes["running"],
+            "waiting": self.scheduler.waiting + classes["waiting"],
+            "resident": len(self.bank) + classes["resident"],
+        }
+
+
+def build_runner(settings: Settings) -> Served:
     """Load the base model and everything around it.
 
     Raises:
@@ -62,13 +112,41 @@ def build_runner(settings: Settings) -> Runner:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     base = fetch(name, settings.base_models[name], cache_dir=settings.cache_dir)
-    tokenizer = load_tokenizer(base)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise BaseModelError(f"{name}: streaming needs a fast tokenizer, found {type(tokenizer).__name__}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_fits(base, settings, device)
+    tasks = served_tasks(base)
+    return _text_runner(base, settings, device) if "chat" in tasks else _encoder(base, settings, device, tasks)
+
+
+def _encoder(base: LocalModel, settings: Settings, device: str, tasks: frozenset[Task]) -> Served:
+    half = build_encoder(base, settings, device=device, tasks=tasks)
+    log.info("engine_loaded", base_model=base.name, device=device, tasks=sorted(half.tasks))
+    turn = threading.Lock()
+    return Served(base=base, store=_store(settings), turn=turn, classifying=_classifying(lambda: half, settings, turn))
+
+
+def _store(settings: Settings) -> AdapterStore:
+    return AdapterStore(make_sessions(make_engine(settings.database_url)))
+
+
+def _classifying(build: Callable[[], ClassifierHalf], settings: Settings, turn: threading.Lock) -> Classifying:
+    return Classifying(
+        build,
+        turn=turn,
+        max_waiting=settings.engine_max_waiting_items,
+        max_tokens=settings.engine_max_classify_tokens,
+        max_adapters=settings.engine_max_classifiers,
+    )
+
+
+def _text_runner(base: LocalModel, settings: Settings, device: str) -> Runner:
+    tokenizer = load_tokenizer(base)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BaseModelError(f"{base.name}: streaming needs a fast tokenizer, found {type(tokenizer).__name__}.")
     model = load_model(base, dtype=pick_dtype(settings.dtype), device=device)
     check_servable(model)
+    parameters = dict(model.named_parameters())  # by their own names, which the bank changes
+    turn = threading.Lock()
     # The exact weights, whatever the engine's precision: adapters stand on the same singular vectors everywhere.
     weights = BaseWeights.of_local(base, "chat", settings.cache_dir)
     bank = AdapterBank(model, base_digest=base.digest, weights=weights, budget=settings.engine_adapter_memory)
@@ -81,7 +159,7 @@ def build_runner(settings: Settings) -> Runner:
         context=context,
         cache_tokens=settings.engine_kv_tokens,
     )
-    log.info("engine_loaded", base_model=name, dtype=str(model.dtype), device=device, context=context)
+    log.info("engine_loaded", base_model=base.name, dtype=str(model.dtype), device=device, context=context)
     return Runner(
         base=base,
         tokenizer=tokenizer,
@@ -89,6 +167,8 @@ def build_runner(settings: Settings) -> Runner:
         context=context,
         grammars=Grammars(tokenizer, model.config.vocab_size, end_tokens(model, tokenizer)),
         bank=bank,
-        store=AdapterStore(make_sessions(make_engine(settings.database_url))),
-        scheduler=Scheduler(batcher, bank),
+        store=_store(settings),
+        turn=turn,
+        classifying=_classifying(lambda: build_over(base, parameters, settings), settings, turn),
+        scheduler=Scheduler(batcher, bank, turn),
     )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
+from time import monotonic
 
 import structlog
 
 from uora.artifact import Artifact
+from uora.errors import DeadlineError
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
+from worker.engine.fair_queue import FairQueue, Waiting
 
 log = structlog.get_logger()
 
 #: Waiting answers above which a request is refused, in batches.
 _MAX_WAITING_BATCHES = 8
+#: Weight of the newest answer in the moving average of how long answers take.
+_NEWEST = 0.1
 
 
 class EngineBusyError(Exception):
@@ -37,13 +42,26 @@ class EngineStoppedError(Exception):
 
 
 class Scheduler:
-    """First come, first served, up to the batch's rows."""
+    """Shares the batch's rows fairly between projects, and ends what is too late.
 
-    def __init__(self, batcher: Batcher, bank: AdapterBank) -> None:
+    A project may hold no more waiting places than it leaves free, so that whoever comes next finds some, however many
+    of the others flood the queue.
+    """
+
+    def __init__(self, batcher: Batcher, bank: AdapterBank, turn: threading.Lock | None = None) -> None:
+        """
+        Args:
+            batcher: the batch; no other thread may touch it.
+            bank: its adapters.
+            turn: held during each step, by whoever else computes on the same device too.
+        """
         self._batcher = batcher
         self._bank = bank
-        self._waiting: deque[tuple[Generation, Artifact | None]] = deque()
+        self._turn = turn or threading.Lock()
+        self._queue = FairQueue()
         self._max_waiting = _MAX_WAITING_BATCHES * batcher.free_rows
+        self._running: dict[Generation, float] = {}  # since when
+        self._seconds = 0.0  # that an answer takes; a moving average
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine-scheduler", daemon=True)
@@ -62,15 +80,16 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Answers that wait for a row."""
-        return len(self._waiting)
+        with self._changed:
+            return len(self._queue)
 
     @property
     def running(self) -> int:
         """Answers that have a row."""
-        return len(self._batcher.generations)
+        return len(self._running)
 
     def submit(self, generations: Sequence[Generation], artifact: Artifact | None) -> None:
-        """Queue the answers of one request.
+        """Queue the answers of one request, all of one project: all of them or none.
 
         Args:
             generations: what to generate.
@@ -84,47 +103,91 @@ class Scheduler:
         with self._changed:
             if self._stopping:
                 raise EngineStoppedError
-            if len(self._waiting) + len(generations) > self._max_waiting:
-                raise EngineBusyError
-            self._waiting.extend((generation, artifact) for generation in generations)
+            own = self._queue.waiting_of(generations[0].project)
+            free = self._max_waiting - len(self._queue)
+            if own + len(generations) > free - len(generations):
+                raise EngineBusyError(own_share=own > 0, retry_after=max(1.0, self._seconds))
+            self._queue.extend(Waiting(generation, artifact) for generation in generations)
             self._changed.notify()
 
     def _run(self) -> None:
-        while True:
-            joining = self._wait_for_work()
-            if joining is None:
-                break
-            self._join(joining)
-            self._batcher.step()
-        self._end_all()
+        while self._wait_for_work():
+            try:
+                self._end_late()
+                self._join(self._next())
+                with self._turn:
+                    self._batcher.step()
+            except Exception as error:  # the thread outlives whatever happens in a step
+                log.exception("step_failed")
+                self._give_up_batch(error)
+            self._note_departures()
+        self._give_up_batch(EngineStoppedError())
+        self._end_waiting()
 
-    def _wait_for_work(self) -> list[tuple[Generation, Artifact | None]] | None:
-        """The requests that can join now; empty if only running ones need a step, None to stop."""
+    def _wait_for_work(self) -> bool:
+        """Whether there is work; False to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._batcher.running or self._stopping)
-            if self._stopping:
-                return None
-            count = min(self._batcher.free_rows, len(self._waiting))
-            return [self._waiting.popleft() for _ in range(count)]
+            self._changed.wait_for(lambda: len(self._queue) or self._batcher.running or self._stopping)
+            return not self._stopping
 
-    def _join(self, joining: list[tuple[Generation, Artifact | None]]) -> None:
-        ready = []
+    def _end_late(self) -> None:
+        """End the answers whose deadline is over, and free the places of those that nobody waits for."""
+        now = monotonic()
+
+        def late(generation: Generation) -> bool:
+            return generation.deadline is not None and generation.deadline <= now
+
+        with self._changed:
+            gone = self._queue.remove(lambda generation: generation.cancelled or late(generation))
+        for generation in (*gone, *filter(late, self._running)):
+            _end(generation, DeadlineError("The answer was not complete in time; ask for less or allow more time."))
+
+    def _next(self) -> list[Waiting]:
+        """The answers that get the free rows."""
+        running = Counter(generation.project for generation in self._running)
+        joining: list[Waiting] = []
+        with self._changed:
+            for _ in range(min(self._batcher.free_rows, len(self._queue))):
+                item = self._queue.pop(running)
+                running[item.generation.project] += 1
+                joining.append(item)
+        return joining
+
+    def _join(self, joining: Sequence[Waiting]) -> None:
         for generation, artifact in joining:
-            if generation.cancelled:
-                continue
             try:
                 if artifact is not None:
                     self._bank.put(artifact)
-                ready.append(generation)
+                self._running[generation] = monotonic()
+                self._batcher.join([generation])
             except Exception as error:
                 log.exception("adapter_refused", adapter=generation.adapter)
-                generation.emit(error)
-        if ready:
-            self._batcher.join(ready)
+                _end(generation, error)
 
-    def _end_all(self) -> None:
+    def _note_departures(self) -> None:
+        running = set(self._batcher.generations)
+        for generation in [generation for generation in self._running if generation not in running]:
+            seconds = monotonic() - self._running.pop(generation)
+            self._seconds += _NEWEST * (seconds - self._seconds)
+
+    def _give_up_batch(self, error: Exception) -> None:
+        self._batcher.clear()
+        for generation in self._running:
+            _end(generation, error)
+
+    def _end_waiting(self) -> None:
         with self._changed:
-            waiting = [generation for generation, _ in self._waiting]
-            self._waiting.clear()
-        for generation in (*waiting, *self._batcher.generations):
-            generation.emit(EngineStoppedError())
+            waiting = self._queue.remove(lambda _: True)
+        for generation in waiting:
+            _end(generation, EngineStoppedError())
+
+
+def _end(generation: Generation, error: Exception) -> None:
+    """End an answer with an error, unless nobody waits for it any more; it leaves the batch at the next step."""
+    if generation.cancelled:
+        return
+    generation.cancelled = True
+    try:
+        generation.emit(error)
+    except Exception:  # whoever was to hear it is gone
+        log.exception("error_not_told")

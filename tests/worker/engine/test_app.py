@@ -125,8 +125,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     built: list[Runner] = []
 
     def build(settings: Settings) -> Runner:
-        built.append(build_runner(settings))
-        return built[0]
+        runner = build_runner(settings)
+        assert isinstance(runner, Runner)
+        built.append(runner)
+        return runner
 
     with serve(create_app(settings, build)) as url:
         yield Engine(url, built[0], sessions, adapters)
