@@ -29,6 +29,7 @@ from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine.preparing import EngineError, Prepared, prepare, provenance, system_fingerprint
 from worker.engine.registration import Description, Registration
+from worker.engine.residency import Residency
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
@@ -50,8 +51,11 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Run
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
+        residency = _residency(runner)
+        residency.start()
         yield
         await run_in_threadpool(registration.stop)
+        await run_in_threadpool(residency.stop)
         await run_in_threadpool(runner.scheduler.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -77,6 +81,16 @@ def _registration(settings: Settings, runner: Runner) -> Registration:
         description,
         load=lambda: {"running": scheduler.running, "waiting": scheduler.waiting, "resident": len(bank)},
         interval=settings.engine_heartbeat_interval,
+    )
+
+
+def _residency(runner: Runner) -> Residency:
+    return Residency(
+        runner.bank,
+        runner.store,
+        base_model=runner.base.name,
+        template_sha256=runner.template_sha256,
+        on_corrupted=runner.scheduler.end_holders,
     )
 
 
@@ -171,6 +185,7 @@ class _Answers:
                 emit=self._emitter(index),
                 project=body.project,
                 deadline=deadline,
+                row=prepared.row,
             )
             for index, (prompt, answer) in enumerate(places)
         ]

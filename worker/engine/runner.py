@@ -8,7 +8,7 @@ import structlog
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from api.database import make_engine, make_sessions
+from api.database import make_engine, make_read_sessions
 from api.settings import Settings
 from uora.data.templates import template_sha256
 from uora.errors import BaseModelError
@@ -34,7 +34,7 @@ class Runner:
         template_sha256: of the chat template; adapters trained with another one are refused.
         context: tokens that a prompt and its answer may have together.
         grammars: what answers can be held to, over the tokenizer's tokens.
-        bank: the resident adapters; only the scheduler's thread may change it.
+        bank: the resident adapters.
         store: adapters in the database.
         scheduler: runs the batch.
     """
@@ -82,6 +82,6 @@ def build_runner(settings: Settings) -> Runner:
         context=context,
         grammars=Grammars(tokenizer, model.config.vocab_size, end_tokens(model, tokenizer)),
         bank=bank,
-        store=AdapterStore(make_sessions(make_engine(settings.database_url))),
+        store=AdapterStore(make_read_sessions(make_engine(settings.database_url))),
         scheduler=Scheduler(batcher, bank),
     )

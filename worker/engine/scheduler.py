@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import structlog
 
 from uora.artifact import Artifact
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
+from uora.serving.rows import Row
 
 log = structlog.get_logger()
 
@@ -43,6 +45,7 @@ class Scheduler:
         self._batcher = batcher
         self._bank = bank
         self._waiting: deque[tuple[Generation, Artifact | None]] = deque()
+        self._condemned: WeakKeyDictionary[Row, Exception] = WeakKeyDictionary()
         self._max_waiting = _MAX_WAITING_BATCHES * batcher.free_rows
         self._changed = threading.Condition()
         self._stopping = False
@@ -89,14 +92,28 @@ class Scheduler:
             self._waiting.extend((generation, artifact) for generation in generations)
             self._changed.notify()
 
+    def end_holders(self, row: Row, error: Exception) -> None:
+        """End all answers that have this very row, those that are yet to come too, before they take another step."""
+        self._condemned[row] = error
+
     def _run(self) -> None:
         while True:
             joining = self._wait_for_work()
             if joining is None:
                 break
             self._join(joining)
+            self._end_condemned()
             self._batcher.step()
         self._end_all()
+
+    def _end_condemned(self) -> None:
+        if not self._condemned:
+            return
+        for generation in self._batcher.generations:
+            error = None if generation.row is None else self._condemned.get(generation.row)
+            if error is not None and not generation.cancelled:
+                generation.emit(error)
+                generation.cancelled = True
 
     def _wait_for_work(self) -> list[tuple[Generation, Artifact | None]] | None:
         """The requests that can join now; empty if only running ones need a step, None to stop."""
@@ -114,7 +131,7 @@ class Scheduler:
                 continue
             try:
                 if artifact is not None:
-                    self._bank.put(artifact)
+                    generation.row = self._bank.put(artifact)
                 ready.append(generation)
             except Exception as error:
                 log.exception("adapter_refused", adapter=generation.adapter)
