@@ -162,6 +162,10 @@ class _Pool:
         self.rows: OrderedDict[str, Row] = OrderedDict()
         self.bytes = 0
 
+    def has_room(self, row: Row) -> bool:
+        """Whether it fits without that another goes."""
+        return self._budget is None or self.bytes + row.bytes <= self._budget
+
     def put(self, row: Row) -> list[str]:
         """Take a row in; returns the digests of those that had to go. The newest stays whatever its size."""
         self.rows[row.digest] = row
@@ -260,23 +264,48 @@ class AdapterBank:
         modules = self._module_lists.setdefault(artifact.manifest.modules, artifact.manifest.modules)
         return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place)
 
-    def put(self, artifact: Artifact) -> None:
+    def put(self, artifact: Artifact) -> Row:
         """Make a checked adapter resident; one that is resident already stays as it is.
+
+        Returns:
+            its row, which the caller may keep, whatever becomes of it here.
+
+        Raises:
+            ShapeError: its head is of another kind of model.
+        """
+        resident = self.find(artifact.manifest.digest)
+        if resident is not None:
+            return resident
+        row = self.row_of(artifact)
+        with self._lock:
+            resident = self.find(row.digest)
+            if resident is not None:
+                return resident
+            for digest in self._take(row, artifact):
+                self._forget(digest)
+            return row
+
+    def put_if_room(self, artifact: Artifact) -> bool:
+        """Make a checked adapter resident unless another would have to go; it is the first to go later.
+
+        Returns:
+            whether it is resident.
 
         Raises:
             ShapeError: its head is of another kind of model.
         """
         if artifact.manifest.digest in self:
-            return
+            return True
         row = self.row_of(artifact)
         with self._lock:
             if row.digest in self:
-                return
-            if self._heads is not None:
-                self._heads.put(artifact)  # before the row: it refuses heads of another model
-            self.manifests[row.digest] = row.manifest
-            for digest in self._pool(row.manifest).put(row):
-                self._forget(digest)
+                return True
+            pool = self._pool(row.manifest)
+            if not pool.has_room(row):
+                return False
+            self._take(row, artifact)
+            pool.rows.move_to_end(row.digest, last=False)
+            return True
 
     def row(self, digest: str) -> Row:
         """A resident adapter's row, which the caller may keep.
@@ -284,19 +313,42 @@ class AdapterBank:
         Raises:
             AdapterNotFoundError: it is not resident.
         """
+        row = self.find(digest)
+        if row is None:
+            raise AdapterNotFoundError(f"Adapter {digest[:16]}... is not resident; put it into the bank first.")
+        return row
+
+    def find(self, digest: str) -> Row | None:
+        """As `row`; None if it is not resident."""
+        with self._lock:
+            row = self.peek(digest)
+            if row is not None:
+                self._pool(self.manifests[digest]).rows.move_to_end(digest)
+            return row
+
+    def peek(self, digest: str) -> Row | None:
+        """As `find`, without that the adapter counts as used."""
         with self._lock:
             manifest = self.manifests.get(digest)
-            if manifest is None:
-                raise AdapterNotFoundError(f"Adapter {digest[:16]}... is not resident; put it into the bank first.")
-            rows = self._pool(manifest).rows
-            rows.move_to_end(digest)
-            return rows[digest]
+            return None if manifest is None else self._pool(manifest).rows[digest]
+
+    def digests(self) -> set[str]:
+        """Those that are resident now."""
+        with self._lock:
+            return set(self.manifests)
 
     def remove(self, digest: str) -> None:
-        """Let an adapter go. Requests that hold its row go on with it."""
+        """Let an adapter go, if it is resident. Requests that hold its row go on with it."""
         with self._lock:
-            self._pool(self.manifests[digest]).remove(digest)
-            self._forget(digest)
+            if digest in self:
+                self._pool(self.manifests[digest]).remove(digest)
+                self._forget(digest)
+
+    def _take(self, row: Row, artifact: Artifact) -> list[str]:
+        if self._heads is not None:
+            self._heads.put(artifact)  # before the row: it refuses heads of another model
+        self.manifests[row.digest] = row.manifest
+        return self._pool(row.manifest).put(row)
 
     def _forget(self, digest: str) -> None:
         del self.manifests[digest]

@@ -45,6 +45,7 @@ class Generation:
         project: whom it is for, in the sharing of rows.
         deadline: ``time.monotonic`` after which nobody wants it; None for no such time.
         cancelled: set from any thread; the row leaves at the next step.
+        row: its adapter's, kept from when it was found resident; None takes it from the bank on joining.
     """
 
     prompt: Sequence[int]
@@ -55,6 +56,7 @@ class Generation:
     project: str = ""
     deadline: float | None = None
     cancelled: bool = False
+    row: Row | None = None
     generated: list[int] = field(default_factory=list)
 
 
@@ -206,9 +208,10 @@ class Batcher:
             raise ValueError(f"{len(generations)} answers cannot join, {self.free_rows} rows are free")
         for generation in generations:
             try:
-                adapter = None if generation.adapter is None else self._bank.row(generation.adapter)
+                if generation.adapter is not None and generation.row is None:
+                    generation.row = self._bank.row(generation.adapter)
                 vocabulary = self._model.config.get_text_config().vocab_size
-                self._prompts.append(_Answer(generation, adapter, self._tokens, vocabulary))
+                self._prompts.append(_Answer(generation, generation.row, self._tokens, vocabulary))
             except Exception as error:
                 generation.emit(error)
 

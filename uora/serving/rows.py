@@ -43,8 +43,15 @@ class Row:
     def equals(self, other: Row) -> bool:
         """Whether the numbers are the same to the bit."""
         return self.numbers.keys() == other.numbers.keys() and all(
-            torch.equal(tensor, other.numbers[name]) for name, tensor in self.numbers.items()
+            _same_bits(tensor, other.numbers[name]) for name, tensor in self.numbers.items()
         )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike `torch.equal`, which takes -0 for 0 and no NaN for another."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 class Stack:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker, undefer
 
 from api.models.models import Adapter
 from uora.artifact import Artifact, loads
 from uora.errors import AdapterNotFoundError, DigestError
+
+#: Artifacts in memory at the same time: pairs of matrices have tens of megabytes each.
+_AT_ONCE = 5
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter's row: the digest that it should have, and its bytes as they are."""
+
+    digest: str
+    data: bytes
+
+    def load(self) -> Artifact:
+        """Verify it.
+
+        Raises:
+            ArtifactError: the bytes are not what the digest says.
+        """
+        artifact = loads(self.data)
+        found = artifact.manifest.digest
+        if found != self.digest:
+            raise DigestError(
+                f"The database holds the adapter {found[:16]}... in the row of {self.digest[:16]}.... Restore the row "
+                "from a backup or train the adapter again."
+            )
+        return artifact
 
 
 class AdapterStore:
@@ -34,3 +63,26 @@ class AdapterStore:
                 f"{artifact.manifest.digest[:16]}.... It was replaced in between; send the request again."
             )
         return artifact
+
+    def extent(self, base_model: str) -> tuple[int, int | None]:
+        """How many adapters a base model has, and the newest one's ``seq``: another one after most changes."""
+        wanted = select(func.count(), func.max(Adapter.seq)).where(Adapter.base_model == base_model)
+        with self._sessions() as session:
+            count, newest = session.execute(wanted).one()
+        return count, newest
+
+    def digests(self, base_model: str) -> dict[str, int]:
+        """Of a base model's adapters, newest first, each with the ``seq`` of a row that has it."""
+        wanted = select(Adapter.digest, Adapter.seq).where(Adapter.base_model == base_model)
+        found: dict[str, int] = {}
+        with self._sessions() as session:
+            for digest, seq in session.execute(wanted.order_by(Adapter.seq.desc())):
+                found.setdefault(digest, seq)
+        return found
+
+    def read(self, seqs: Sequence[int]) -> Iterator[Stored]:
+        """The rows that are still there, newest first, not verified."""
+        wanted = select(Adapter.digest, Adapter.artifact).where(Adapter.seq.in_(seqs)).order_by(Adapter.seq.desc())
+        with self._sessions() as session:
+            for digest, data in session.execute(wanted, execution_options={"yield_per": _AT_ONCE}):
+                yield Stored(digest, data)

@@ -13,7 +13,9 @@ from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
 from uora.errors import AdapterNotFoundError, SamplingError, UoraError
+from uora.serving.bank import AdapterBank
 from uora.serving.grammar import Grammar
+from uora.serving.rows import Row
 from uora.serving.sampling import Sampling
 from worker.engine.errors import EngineError
 from worker.engine.runner import Runner
@@ -37,12 +39,14 @@ class Prepared:
     Attributes:
         manifest: of the adapter that answers; None for the base model.
         artifact: the adapter, if it has to be made resident.
+        row: the adapter's, if it is resident; it answers even if it leaves the bank meanwhile.
         prompts: one for a conversation.
         sampling: of the first answer; those after it have other seeds.
     """
 
     manifest: Manifest | None
     artifact: Artifact | None
+    row: Row | None
     prompts: list[Prompt]
     sampling: Sampling
 
@@ -55,20 +59,21 @@ def prepare(runner: Runner, body: GenerateRequest) -> Prepared:
     """
     if body.base_model != runner.base.name:
         raise EngineError(404, "model_not_found", f"This engine serves {runner.base.name}, not {body.base_model}.")
-    manifest, artifact = _adapter(runner, body.adapter) if body.adapter else (None, None)
+    artifact = row = manifest = None
+    if body.adapter is not None:
+        row = runner.bank.find(body.adapter.digest or "")
+        artifact = None if row else _verified(runner, body.adapter)
+        manifest = row.manifest if row else artifact.manifest if artifact else None
     if manifest is not None and body.adapter is not None and body.messages is not None:
-        _check_template(runner, manifest, body.adapter)
-    return Prepared(manifest, artifact, _prompts(runner, body), _sampling(runner, body))
+        _check_template(manifest, runner.template_sha256, param=_param(body.adapter))
+    return Prepared(manifest, artifact, row, _prompts(runner, body), _sampling(runner, body))
 
 
-def _adapter(runner: Runner, target: AdapterTarget) -> tuple[Manifest, Artifact | None]:
-    """The adapter, verified; without its tensors if this very content is resident already."""
-    resident = runner.bank.manifests.get(target.digest or "")
-    if resident is not None:
-        return resident, None
+def _verified(runner: Runner, target: AdapterTarget) -> Artifact:
+    """An adapter that is not resident."""
     try:
         artifact = loads(base64.b64decode(target.data)) if target.data else _load(runner, target)
-        _check_adapter(runner, artifact.manifest, target)
+        check_adapter(artifact.manifest, runner.bank, runner.template_sha256, param=_param(target))
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except UoraError as error:
@@ -76,47 +81,52 @@ def _adapter(runner: Runner, target: AdapterTarget) -> tuple[Manifest, Artifact 
             raise EngineError(400, error.code, f"adapter.data: {error.message}", param="adapter.data") from error
         log.exception("adapter_refused", model=target.id)
         raise EngineError(500, error.code, error.message) from error
-    return artifact.manifest, artifact
+    return artifact
 
 
 def _load(runner: Runner, target: AdapterTarget) -> Artifact:
     return runner.store.load(target.id, target.digest or "")
 
 
-def _check_adapter(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
-    """Raises `EngineError` or `UoraError` if it cannot answer here."""
+def check_adapter(manifest: Manifest, bank: AdapterBank, template_sha256: str, *, param: str = "model") -> None:
+    """Make sure that an adapter can answer on the bank's base model with its chat template.
+
+    Raises:
+        EngineError: it writes no text, or was trained with another template; the request's ``param`` names it.
+        UoraError: it does not belong to the base model (`AdapterBank.check`).
+    """
     if manifest.task not in WRITING_TASKS:
         raise EngineError(
             400,
             "model_not_supported",
             f"The adapter was trained for {manifest.task} and writes no text; expected {' or '.join(WRITING_TASKS)}.",
-            param=_param(target),
+            param=param,
         )
-    runner.bank.check(manifest)
+    bank.check(manifest)
     if manifest.chat_template_sha256 is not None:
-        _check_template(runner, manifest, target)
+        _check_template(manifest, template_sha256, param=param)
 
 
 def _param(target: AdapterTarget) -> str:
     return "adapter.data" if target.data else "model"
 
 
-def _check_template(runner: Runner, manifest: Manifest, target: AdapterTarget) -> None:
+def _check_template(manifest: Manifest, template_sha256: str, *, param: str) -> None:
     """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
     if manifest.chat_template_sha256 is None:
         raise EngineError(
             400,
             "chat_template_mismatch",
             "The model was trained on prompts and completions without a chat template; use /v1/completions.",
-            param=_param(target),
+            param=param,
         )
-    if manifest.chat_template_sha256 != runner.template_sha256:
+    if manifest.chat_template_sha256 != template_sha256:
         raise EngineError(
             400,
             "chat_template_mismatch",
             "The adapter was trained with another chat template than the engine's base model has. Serve it with the "
             "template it was trained with.",
-            param=_param(target),
+            param=param,
         )
 
 

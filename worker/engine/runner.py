@@ -10,7 +10,7 @@ import structlog
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from api.database import make_engine, make_sessions
+from api.database import make_engine, make_read_sessions
 from api.engines.models import Load
 from api.settings import Settings
 from uora.data.templates import template_sha256
@@ -68,7 +68,7 @@ class Runner(Served):
         template_sha256: of the chat template; adapters trained with another one are refused.
         context: tokens that a prompt and its answer may have together.
         grammars: what answers can be held to, over the tokenizer's tokens.
-        bank: the resident adapters; only the scheduler's thread may change it.
+        bank: the resident adapters.
         scheduler: runs the batch.
     """
 
@@ -126,7 +126,7 @@ def _encoder(base: LocalModel, settings: Settings, device: str, tasks: frozenset
 
 
 def _store(settings: Settings) -> AdapterStore:
-    return AdapterStore(make_sessions(make_engine(settings.database_url)))
+    return AdapterStore(make_read_sessions(make_engine(settings.database_url)))
 
 
 def _classifying(build: Callable[[], ClassifierHalf], settings: Settings, turn: threading.Lock) -> Classifying:

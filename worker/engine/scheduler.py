@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
+from weakref import WeakKeyDictionary
 
 import structlog
 
@@ -13,6 +14,7 @@ from uora.artifact import Artifact
 from uora.errors import DeadlineError
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
+from uora.serving.rows import Row
 from worker.engine.fair_queue import FairQueue, Waiting
 
 log = structlog.get_logger()
@@ -59,6 +61,7 @@ class Scheduler:
         self._bank = bank
         self._turn = turn or threading.Lock()
         self._queue = FairQueue()
+        self._condemned: WeakKeyDictionary[Row, Exception] = WeakKeyDictionary()
         self._max_waiting = _MAX_WAITING_BATCHES * batcher.free_rows
         self._running: dict[Generation, float] = {}  # since when
         self._seconds = 0.0  # that an answer takes; a moving average
@@ -110,11 +113,16 @@ class Scheduler:
             self._queue.extend(Waiting(generation, artifact) for generation in generations)
             self._changed.notify()
 
+    def end_holders(self, row: Row, error: Exception) -> None:
+        """End all answers that have this very row, those that are yet to come too, before they take another step."""
+        self._condemned[row] = error
+
     def _run(self) -> None:
         while self._wait_for_work():
             try:
                 self._end_late()
                 self._join(self._next())
+                self._end_condemned()
                 with self._turn:
                     self._batcher.step()
             except Exception as error:  # the thread outlives whatever happens in a step
@@ -123,6 +131,14 @@ class Scheduler:
             self._note_departures()
         self._give_up_batch(EngineStoppedError())
         self._end_waiting()
+
+    def _end_condemned(self) -> None:
+        if not self._condemned:
+            return
+        for generation in self._batcher.generations:
+            error = None if generation.row is None else self._condemned.get(generation.row)
+            if error is not None:
+                _end(generation, error)
 
     def _wait_for_work(self) -> bool:
         """Whether there is work; False to stop."""
@@ -157,7 +173,7 @@ class Scheduler:
         for generation, artifact in joining:
             try:
                 if artifact is not None:
-                    self._bank.put(artifact)
+                    generation.row = self._bank.put(artifact)
                 self._running[generation] = monotonic()
                 self._batcher.join([generation])
             except Exception as error:

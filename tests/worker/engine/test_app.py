@@ -15,6 +15,7 @@ import httpx
 import pytest
 import torch
 from peft import get_peft_model
+from sqlalchemy import delete
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.database import Base, make_engine, make_sessions
@@ -31,7 +32,7 @@ from uora.models import LocalModel, fetch, load_model, load_tokenizer
 from uora.serving.generation import Generation
 from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
-from worker.engine.app import create_app
+from worker.engine.app import _residency, create_app
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError
 
@@ -189,6 +190,27 @@ def test_a_new_row_answers_at_once(engine: Engine) -> None:
     text, _ = engine.ask("ft:tiny:one::new")
     del engine.adapters["ft:tiny:one::new"]
     assert text not in {engine.ask(model)[0] for model in [None, *engine.adapters]}
+
+
+def test_a_new_row_is_resident_before_it_is_asked_for_and_gone_once_it_is_deleted(engine: Engine) -> None:
+    artifact = make_adapter(engine.runner.base, seed=13, r=8)
+    digest = artifact.manifest.digest
+    add(engine.sessions, "ft:tiny:one::early", artifact)
+    wait_until(lambda: digest in engine.runner.bank)
+    with engine.sessions.begin() as session:
+        session.execute(delete(Adapter).where(Adapter.id == "ft:tiny:one::early"))
+    wait_until(lambda: digest not in engine.runner.bank)
+
+
+def test_a_row_that_changed_in_memory_answers_nobody(engine: Engine) -> None:
+    model, artifact = next(iter(engine.adapters.items()))
+    sound, row = engine.ask(model)[0], engine.runner.bank.row(artifact.manifest.digest)
+    row.numbers["d"].zero_()
+    residency = _residency(engine.runner)
+    residency.look()
+    residency._audit(artifact.manifest.digest)
+    assert row in engine.runner.scheduler._condemned
+    assert engine.ask(model)[0] == sound
 
 
 def test_what_is_wrong_is_never_answered_by_the_base(engine: Engine) -> None:
