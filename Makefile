@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TESTS_AT_ONCE ?= logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench-train bench-cotrain format lock clean
+.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ bench-train: $(STAMP) ## a training step against stock PEFT's, about 10 minutes
 
 bench-cotrain: $(STAMP) ## small jobs together against one after the other, about 10 minutes
 	@$(BIN)/python -m benchmarks.cotraining
+
+bench-serve: $(STAMP) ## thousands of adapters against generate and stock PEFT, about 20 minutes; DEVICE=cuda
+	@$(BIN)/python -m benchmarks.serving --device $(or $(DEVICE),cpu)
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

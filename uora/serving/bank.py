@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from uora import targets
 from uora.artifact import Artifact, Manifest
 from uora.errors import AdapterNotFoundError, ArtifactError
 from uora.frames import check_fingerprint
+from uora.layout import ModuleShape
 from uora.methods import adapter_fingerprint, check_modules
 from uora.quantised import keep_weight_layout
 from uora.serving.families import FamilyBatch, ServingFamily, family_of
@@ -177,8 +178,8 @@ class AdapterBank:
             cache_dir: disk cache of frames and singular vectors, where ``weights`` brings none.
             weights: the base model's own weights; None takes them from ``model``, as it is.
             heads: where heads of classifiers go; None where there are none.
-            budget: bytes for adapters; vectors and matrices (LoRA) have half each, so that neither drives out the
-                other. Beyond it, those used least recently go. None keeps all.
+            budget: bytes for adapters, a quarter of it for those with matrices (LoRA), so that these do not drive out
+                thousands of others. Beyond it, those used least recently go. None keeps all.
         """
         self.base_digest = base_digest
         self.manifests: dict[str, Manifest] = {}
@@ -188,8 +189,10 @@ class AdapterBank:
         self._model = model
         self._base = weights or BaseWeights.of_model(model, digest=base_digest, cache_dir=cache_dir)
         self._heads = heads
-        share = None if budget is None else budget // 2
-        self._pools = {heavy: _Pool(share) for heavy in (False, True)}
+        matrices = None if budget is None else budget // 4
+        vectors = None if budget is None or matrices is None else budget - matrices
+        self._pools = {False: _Pool(vectors), True: _Pool(matrices)}
+        self._module_lists: dict[tuple[ModuleShape, ...], tuple[ModuleShape, ...]] = {}
         self._lock = threading.RLock()
         parameter = next(model.parameters())
         self._device = parameter.device
@@ -233,7 +236,9 @@ class AdapterBank:
         """An adapter as this bank would have it, without taking it in."""
         numbers = family_of(artifact.manifest.adapter, self._base).numbers(artifact)
         in_place = {name: tensor.to(self._device, self._dtype) for name, tensor in numbers.items()}
-        return Row(artifact.manifest, in_place)
+        # Ten thousand adapters of a service have the same few lists of modules, each larger than an adapter's vectors.
+        modules = self._module_lists.setdefault(artifact.manifest.modules, artifact.manifest.modules)
+        return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place)
 
     def put(self, artifact: Artifact) -> None:
         """Make a checked adapter resident; one that is resident already stays as it is.
@@ -331,5 +336,5 @@ class AdapterBank:
 
 def _output_name(model: nn.Module) -> str | None:
     """The name of the output embeddings; None if there are none."""
-    found = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    found: Any = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return next((name for name, module in model.named_modules() if module is found), None) if found else None

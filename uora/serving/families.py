@@ -248,7 +248,7 @@ class PairBatch:
                 continue
             parts = [
                 _pair_products(own.transpose(0, 1), a[row : row + 1], b[row : row + 1]).transpose(0, 1)
-                for row, own in enumerate(x.split(self.lengths))
+                for row, own in enumerate(torch.split(x, list(self.lengths)))
             ]
             yield torch.cat(parts), None
 

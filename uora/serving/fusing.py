@@ -7,7 +7,7 @@ queries and keys are rotated together, and an adapter's product with its first f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def fuse(model: PreTrainedModel, bank: AdapterBank) -> bool:
 
     Its linear layers keep their names, and stay where adapters look for them.
     """
-    layers = getattr(model.get_decoder(), "layers", ()) if model.config.model_type in FUSED_TYPES else ()
+    layers = getattr(cast(Any, model).get_decoder(), "layers", ()) if model.config.model_type in FUSED_TYPES else ()
     if not all(type(linear.base_layer) is nn.Linear for layer in layers for linear in _linears(layer)):
         return False  # quantised
     for layer in layers:
@@ -44,7 +44,7 @@ class _Joined:
     """Linear layers that read the same input, as one product."""
 
     def __init__(self, linears: Sequence[BankedLinear], bank: AdapterBank) -> None:
-        layers = [linear.base_layer for linear in linears]
+        layers = [cast(nn.Linear, linear.base_layer) for linear in linears]
         biases = [layer.bias for layer in layers]
         bias = None
         if any(b is not None for b in biases):

@@ -246,7 +246,7 @@ class Batcher:
                 used += self._room(answer)
                 if used > self._cache_tokens:
                     break
-                answer.states = self._shape.empty(capacity=len(answer.tokens), like=self._like)
+                answer.states = self._shape.room(capacity=len(answer.tokens), like=self._like)
             count = min(left, len(answer.tokens) - answer.known)
             yield answer, answer.known + count
             left -= count
@@ -368,7 +368,7 @@ class Batcher:
         """Take an answer out of its lane; the last one takes its place."""
         lane, answers = next(found for found in self._lanes.values() if answer in found[1])
         row = answers.index(answer)
-        lane.remove(row, answers[-1].known)
+        lane.remove(row, answer.known, answers[-1].known)
         answers[row] = answers[-1]
         answers.pop()
 

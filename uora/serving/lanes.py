@@ -42,9 +42,9 @@ class StateShape:
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         return cls(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, size)
 
-    def empty(self, *rows: int, capacity: int, like: Tensor) -> Tensor:
-        """Room for ``capacity`` tokens, ``(layers, 2, *rows, heads, capacity, size)``."""
-        return like.new_empty(self.layers, 2, *rows, self.heads, capacity, self.size)
+    def room(self, *rows: int, capacity: int, like: Tensor) -> Tensor:
+        """Zeros for ``capacity`` tokens, ``(layers, 2, *rows, heads, capacity, size)``."""
+        return like.new_zeros(self.layers, 2, *rows, self.heads, capacity, self.size)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Memory of one token."""
@@ -60,19 +60,23 @@ def lane_capacity(tokens: int, context: int) -> int:
 
 
 class Lane:
-    """States of ``rows`` answers, the first of the tensor's rows; it grows and keeps no gaps."""
+    """States of ``rows`` answers, the first of the tensor's rows; it grows and keeps no gaps.
+
+    Where no answer has a token there are zeros. The attention gives such places the weight 0, but 0 times what a
+    failed answer has left there, NaN perhaps, would be NaN.
+    """
 
     def __init__(self, shape: StateShape, capacity: int, like: Tensor) -> None:
         self.capacity = capacity
         self.rows = 0
         self._shape = shape
         self._like = like
-        self.states = shape.empty(0, capacity=capacity, like=like)
+        self.states = shape.room(0, capacity=capacity, like=like)
 
     def append(self, states: Tensor) -> None:
         """Add an answer with the states ``(layers, 2, heads, tokens, size)``."""
         if self.rows == self.states.shape[2]:
-            grown = self._shape.empty(max(2 * self.rows, 1), capacity=self.capacity, like=self._like)
+            grown = self._shape.room(max(2 * self.rows, 1), capacity=self.capacity, like=self._like)
             grown[:, :, : self.rows] = self.states
             self.states = grown
         self.states[:, :, self.rows, :, : states.shape[3]] = states
@@ -82,13 +86,17 @@ class Lane:
         """States of an answer, ``(layers, 2, heads, tokens, size)``, not copied."""
         return self.states[:, :, row, :, :tokens]
 
-    def remove(self, row: int, last_tokens: int) -> None:
-        """Take an answer out; the last one, which has ``last_tokens``, moves into its place."""
+    def remove(self, row: int, tokens: int, last_tokens: int) -> None:
+        """Take an answer with ``tokens`` out; the last one, which has ``last_tokens``, moves into its place."""
         self.rows -= 1
-        if row != self.rows:
-            self.states[:, :, row, :, :last_tokens] = self.read(self.rows, last_tokens)
         if not self.rows:
-            self.states = self._shape.empty(0, capacity=self.capacity, like=self._like)
+            self.states = self._shape.room(0, capacity=self.capacity, like=self._like)
+            return
+        written = max(tokens, last_tokens)
+        last = self.read(self.rows, written)
+        if row != self.rows:
+            self.states[:, :, row, :, :written] = last
+        last.zero_()
 
 
 @dataclass(frozen=True)

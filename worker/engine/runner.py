@@ -71,9 +71,16 @@ def build_runner(settings: Settings) -> Runner:
     check_servable(model)
     # The exact weights, whatever the engine's precision: adapters stand on the same singular vectors everywhere.
     weights = BaseWeights.of_local(base, "chat", settings.cache_dir)
-    bank = AdapterBank(model, base_digest=base.digest, weights=weights)
-    batcher = Batcher(model, tokenizer, bank, max_rows=settings.engine_max_rows)
+    bank = AdapterBank(model, base_digest=base.digest, weights=weights, budget=settings.engine_adapter_memory)
     context = min(settings.engine_max_tokens, getattr(model.config, "max_position_embeddings", 2**31))
+    batcher = Batcher(
+        model,
+        tokenizer,
+        bank,
+        max_rows=settings.engine_max_rows,
+        context=context,
+        cache_tokens=settings.engine_kv_tokens,
+    )
     log.info("engine_loaded", base_model=name, dtype=str(model.dtype), device=device, context=context)
     return Runner(
         base=base,
