@@ -92,7 +92,7 @@ class Lane:
         if not self.rows:
             self.states = self._shape.room(0, capacity=self.capacity, like=self._like)
             return
-        written = max(tokens, last_tokens)
+        written = max(tokens, last_tokens) + 1  # a forward that failed may have written one more
         last = self.read(self.rows, written)
         if row != self.rows:
             self.states[:, :, row, :, :written] = last

@@ -371,7 +371,8 @@ def test_every_answer_is_the_one_its_request_gets_alone(world: World) -> None:
     run_state_machine_as_test(
         lambda: Isolation(world),
         settings=settings(
-            max_examples=40, phases=[Phase.generate],
+            max_examples=40,
+            phases=[Phase.generate],
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
