@@ -198,6 +198,25 @@ class TestRefusal:
             service.client(service.stranger).chat.completions.create(model=tuned, messages=HI)
         assert service.engine.requests == []
 
+    def test_each_project_gets_its_own_model(self, service: Service) -> None:
+        """Two projects that call their models alike have different names, digests and no way to the other's."""
+        digests = {service.tenant: "a" * 64, service.stranger: "b" * 64}
+        with service.sessions.begin() as session:
+            names = {}
+            for tenant, digest in digests.items():
+                job = add_job(session, tenant, status=JobStatus.SUCCEEDED, suffix="tone")
+                adapter = add_adapter(session, tenant, job)
+                adapter.digest = digest
+                names[tenant] = adapter.id
+        for tenant, name in names.items():
+            service.client(tenant).chat.completions.create(model=name, messages=HI)
+            sent = service.engine.requests[-1]
+            assert (sent["project"], sent["adapter"]["digest"]) == (tenant.project_id, digests[tenant])
+        for tenant, other in ((service.tenant, service.stranger), (service.stranger, service.tenant)):
+            with pytest.raises(openai.NotFoundError):
+                service.client(tenant).chat.completions.create(model=names[other], messages=HI)
+        assert len(service.engine.requests) == 2
+
     @pytest.mark.parametrize(
         ("change", "param"),
         [

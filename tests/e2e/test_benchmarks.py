@@ -59,3 +59,12 @@ def test_costs_are_measured_and_foretold() -> None:
     assert result["measurements"] == 3
     assert result["machine"]
     assert min(result["median_error"], result["max_error"], result["memory_median_error"]) >= 0
+
+
+def test_serving() -> None:
+    """Ours and the peers answer the same prompts, and every adapter takes what its vectors take."""
+    result = smoke("serving")
+    numbers = 2 * 30 * (2 * 64) + 30 * (576 + 192)  # d and the target frames' share; b, of q and v in every layer
+    assert result["bytes_10000"] == 10_000 * 2 * numbers  # bfloat16
+    assert result["vs_peft_mixed_lora"] > 0
+    assert result["batch1_latency_vs_generate"] > 0

@@ -232,7 +232,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Case) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() != set()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+        # A bias before a norm has almost no gradient: what is left is rounding, of the size that others have.
+        rounding = 1e-5 * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(gradients[1][name], gradient, atol=4 * rounding, rtol=1e-5)
 
 
 @each_case

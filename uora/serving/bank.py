@@ -100,7 +100,7 @@ class Composition:
         """For a batch that is its tokens end to end, ``lengths[i]`` of row i."""
         if self.lengths == tuple(lengths):
             return self
-        if max(lengths) == 1:
+        if max(lengths, default=1) == 1:
             return Composition(self.rows, self.groups, tuple(lengths))
         starts = list(accumulate(lengths, initial=0))
         groups = []

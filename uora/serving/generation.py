@@ -193,11 +193,16 @@ class Batcher:
     @property
     def cache_tokens_in_use(self) -> int:
         """Tokens whose memory is taken or promised."""
-        return sum(self._room(answer) for answer in self._decoding + self._prompts if answer.known)
+        return sum(map(self._room, self._holding))
 
     @property
     def _decoding(self) -> list[_Answer]:
         return [answer for _, answers in self._lanes.values() for answer in answers]
+
+    @property
+    def _holding(self) -> list[_Answer]:
+        """Those that have states."""
+        return [answer for answer in self._decoding + self._prompts if answer.known]
 
     def join(self, generations: Sequence[Generation]) -> None:
         """Let answers (at most `free_rows`) join the batch; their prompts are read in the next steps.
@@ -263,15 +268,16 @@ class Batcher:
                 break
 
     def _room(self, answer: _Answer) -> int:
-        """Tokens of the lane that the answer is in, or will be."""
-        return lane_capacity(min(max(len(answer.tokens), answer.known + 1), self._context), self._context)
+        """Tokens of the lane that the answer is in, or will be: that of a prompt has room for the answer's first."""
+        reading = not answer.known or answer.states is not None
+        return lane_capacity(min(len(answer.tokens) + reading, self._context), self._context)
 
     def _make_room(self) -> None:
         """Move answers that fill their lane into a longer one; where memory is short, the youngest start over."""
         for capacity, (lane, answers) in list(self._lanes.items()):
             for answer in [answer for answer in answers if answer.known == capacity]:
-                while self.cache_tokens_in_use > self._cache_tokens and len(self._decoding) > 1:
-                    self._start_over(self._decoding[-1])
+                while self.cache_tokens_in_use > self._cache_tokens and len(self._holding) > 1:
+                    self._start_over(self._holding[-1])
                 if answer not in answers:
                     continue
                 states = lane.read(answers.index(answer), answer.known).clone()
@@ -280,8 +286,8 @@ class Batcher:
 
     def _start_over(self, answer: _Answer) -> None:
         """Give up an answer's states; they are computed again when there is memory."""
-        self._leave_lane(answer)
-        answer.known = 0
+        self._drop([answer])
+        answer.known, answer.states = 0, None
         self._prompts.insert(0, answer)
 
     def _forward(self, step: _Step) -> Tensor:
@@ -299,7 +305,7 @@ class Batcher:
             out: Any = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
-                logits_to_keep=torch.tensor(kept, device=device),
+                logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
                 use_cache=False,
                 plan=self._plan(step),
             )
