@@ -217,7 +217,7 @@ def test_preloading_drives_nobody_out(
 ) -> None:
     first, second, third = adapters
     size = bank.row_of(first).bytes
-    small = new_bank(base, budget=2 * (2 * size + size // 2))  # half of it is for vectors
+    small = new_bank(base, budget=4 * (2 * size + size // 2) // 3)  # three quarters are for vectors
     for name, item in zip(("first", "second", "third"), adapters, strict=True):
         add(any_service, name, item)
     residency = make(bank=small)
