@@ -123,14 +123,21 @@ class TestSharing:
         assert joined.index(single) == rows
         assert [item for item in joined if item is not single] == [item for item, _ in flood]
 
-    def test_rows_are_shared_evenly(self, new_scheduler: NewScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rows_that_run_count(self, new_scheduler: NewScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
         scheduler = new_scheduler(rows=4)
         joined = spy_on_joining(scheduler, monkeypatch)
-        scheduler.submit(several(8, "a"), None)
-        scheduler.submit(several(4, "b"), None)
+        first, heard = generation("a", max_tokens=20)
+
+        def let_more_come() -> None:
+            if len(first.generated) == 1:
+                scheduler.submit(several(4, "a"), None)
+                scheduler.submit(several(4, "b"), None)
+
+        heard.on_delta = let_more_come
+        scheduler.submit([first], None)
         scheduler.start()
-        wait_until(lambda: len(joined) == 12)
-        assert "".join(item.project for item in joined) == "abababab" + "aaaa"
+        wait_until(lambda: len(joined) == 9)
+        assert "".join(item.project for item in joined[:4]) == "abab"
 
 
 class TestBackPressure:
