@@ -127,9 +127,7 @@ class Answer:
             return
         assert self.tokens == alone.tokens
         assert self.text == alone.text
-        assert [delta.finish_reason for delta in self.deltas if delta.finish_reason] == [
-            alone.deltas[-1].finish_reason
-        ]
+        assert [delta.finish_reason for delta in self.deltas if delta.finish_reason] == [alone.deltas[-1].finish_reason]
         assert self.deltas[-1].finish_reason
         logprobs, expected = ([p for d in answer.deltas for p in d.logprobs] for answer in (self, alone))
         assert [p.bytes for p in logprobs] == [p.bytes for p in expected]
@@ -266,9 +264,7 @@ class Isolation(RuleBasedStateMachine):
         self._answers: list[Answer] = []
         self._failures: list[Failure] = []
 
-    @initialize(
-        budget=st.sampled_from((None, 30_000)), loaded=st.sets(st.integers(0, len(ADAPTERS) - 1), min_size=4)
-    )
+    @initialize(budget=st.sampled_from((None, 30_000)), loaded=st.sets(st.integers(0, len(ADAPTERS) - 1), min_size=4))
     def start(self, budget: int | None, loaded: set[int]) -> None:
         self._model, self._bank, self._batcher = self._world.engine(budget=budget)
         for adapter in loaded:
