@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -137,7 +138,12 @@ class BankedLinear(nn.Module):
         self.name = name
         # A list hides the bank from nn.Module, which would count it as a part of every layer.
         self._bank = [bank]
-        self._product = product(base_layer.weight, base_layer.bias) if type(base_layer) is nn.Linear else base_layer
+
+    @cached_property
+    def _product(self) -> Callable[[Tensor], Tensor]:
+        """Made when it is used first: a layer that is fused with others never is."""
+        layer = self.base_layer
+        return product(layer.weight, layer.bias) if type(layer) is nn.Linear else layer
 
     @property
     def weight(self) -> Tensor:

@@ -143,7 +143,8 @@ def _text_runner(base: LocalModel, settings: Settings, device: str) -> Runner:
     tokenizer = load_tokenizer(base)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BaseModelError(f"{base.name}: streaming needs a fast tokenizer, found {type(tokenizer).__name__}.")
-    model = load_model(base, dtype=pick_dtype(settings.dtype), device=device)
+    # On a CPU the batch computes with weights in a layout of its own; the mapped originals need not stay in memory.
+    model = load_model(base, dtype=pick_dtype(settings.dtype), device=device, copies_in=settings.cache_dir)
     check_servable(model)
     parameters = dict(model.named_parameters())  # by their own names, which the bank changes
     turn = threading.Lock()
