@@ -244,6 +244,8 @@ class Batcher:
             answer.known = stop
         self._drop(self._advance(choosing, logits))
         self._into_lanes([answer for answer in choosing if answer in self._prompts])
+        if not self.running:
+            self._composition = None  # it holds the rows of adapters that may be gone from the bank
 
     def clear(self) -> None:
         """Forget all answers, without a word to them, and whatever a step that broke off has left of them."""
