@@ -43,7 +43,7 @@ bench-train: $(STAMP) ## a training step against stock PEFT's, about 10 minutes
 bench-cotrain: $(STAMP) ## small jobs together against one after the other, about 10 minutes
 	@$(BIN)/python -m benchmarks.cotraining
 
-bench-serve: $(STAMP) ## thousands of adapters against generate and stock PEFT, about 20 minutes; DEVICE=cuda
+bench-serve: $(STAMP) ## thousands of adapters against generate and stock PEFT, about 15 minutes; DEVICE=cuda
 	@$(BIN)/python -m benchmarks.serving --device $(or $(DEVICE),cpu)
 
 format: $(STAMP) ## rewrite the code in the project's format

@@ -17,6 +17,7 @@ from uora.memory import available_bytes
 from uora.models import LocalModel, pick_dtype
 from uora.models.loading import load_config
 from uora.models.sources import weight_files
+from uora.serving.lanes import StateShape
 from worker import memory
 
 log = structlog.get_logger()
@@ -67,9 +68,13 @@ def check_fits(base: LocalModel, settings: Settings, device: torch.device | str)
 
 def estimate(base: LocalModel, settings: Settings, dtype: torch.dtype) -> Need:
     """What serving takes, without the process itself and the activations of a step."""
+    config = load_config(base)
+    per_token = (
+        StateShape.of(config).bytes_per_token(dtype) if _writes(config) else 0
+    )  # a model that only reads keeps none
     return Need(
         weights=_weights(base) * dtype.itemsize,
-        kv=_numbers_per_token(load_config(base)) * dtype.itemsize * settings.engine_kv_tokens,
+        kv=per_token * settings.engine_kv_tokens,
         adapters=settings.engine_adapter_memory,
     )
 
@@ -86,17 +91,6 @@ def _weights(base: LocalModel) -> int:
         with safe_open(file, framework="pt") as weights:
             count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys() if name in names)  # noqa: SIM118
     return count
-
-
-def _numbers_per_token(config: PretrainedConfig) -> int:
-    """Keys and values of one token in all layers; none of a model that only reads."""
-    if not _writes(config):
-        return 0
-    text = config.get_text_config()
-    heads: int = text.num_attention_heads
-    key_heads: int = getattr(text, "num_key_value_heads", None) or heads
-    head_size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * int(text.num_hidden_layers) * key_heads * head_size
 
 
 def _writes(config: PretrainedConfig) -> bool:
