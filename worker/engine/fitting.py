@@ -69,9 +69,8 @@ def check_fits(base: LocalModel, settings: Settings, device: torch.device | str)
 def estimate(base: LocalModel, settings: Settings, dtype: torch.dtype) -> Need:
     """What serving takes, without the process itself and the activations of a step."""
     config = load_config(base)
-    per_token = (
-        StateShape.of(config).bytes_per_token(dtype) if _writes(config) else 0
-    )  # a model that only reads keeps none
+    # A model that only reads keeps nothing of its tokens.
+    per_token = StateShape.of(config).bytes_per_token(dtype) if _writes(config) else 0
     return Need(
         weights=_weights(base) * dtype.itemsize,
         kv=per_token * settings.engine_kv_tokens,
