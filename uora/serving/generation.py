@@ -371,6 +371,8 @@ class Batcher:
         if capacity not in self._lanes:
             self._lanes[capacity] = (Lane(self._shape, capacity, self._like), [])
         lane, answers = self._lanes[capacity]
+        if lane.full:  # before it takes more memory, that of empty ones is given back
+            self._lanes = {size: found for size, found in self._lanes.items() if found[1] or found[0] is lane}
         lane.append(states)
         answers.append(answer)
 
