@@ -32,7 +32,7 @@ from uora.models import LocalModel, fetch, load_model, load_tokenizer
 from uora.serving.generation import Generation
 from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
-from worker.engine.app import _residency, create_app
+from worker.engine.app import create_app
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError
 
@@ -206,8 +206,8 @@ def test_a_row_that_changed_in_memory_answers_nobody(engine: Engine) -> None:
     model, artifact = next(iter(engine.adapters.items()))
     sound, row = engine.ask(model)[0], engine.runner.bank.row(artifact.manifest.digest)
     row.numbers["d"].zero_()
-    residency = _residency(engine.runner)
-    residency.look()
+    residency = engine.runner.residency
+    wait_until(lambda: artifact.manifest.digest in residency._stored)
     residency._audit(artifact.manifest.digest)
     assert row in engine.runner.scheduler._condemned
     assert engine.ask(model)[0] == sound

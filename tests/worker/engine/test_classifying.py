@@ -65,7 +65,6 @@ def running(
         cache_dir=folder / "cache",
         base_models={"tiny": f"path:{make_base(folder / 'tiny')}"},
         engine_token=TOKEN,  # type: ignore[arg-type]
-        engine_max_classifiers=2,
         dtype="float32",
     )
     database = make_engine(settings.database_url)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from sqlalchemy import delete, text, update
 from structlog.testing import capture_logs
 
+from api.completions.engine import WRITING_TASKS
 from api.models.models import Adapter
 from tests.tiny import make_tiny_llama, make_tiny_tokenizer
 from tests.uora.serving.test_generation import Collected
@@ -24,8 +27,8 @@ from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
 from uora.serving.rows import Row
 from uora.serving.sampling import Sampling
-from worker.engine import residency as module
 from worker.engine.adapters import AdapterStore
+from worker.engine.checking import check_writer
 from worker.engine.residency import Residency
 from worker.engine.scheduler import Scheduler
 
@@ -58,7 +61,8 @@ def make(any_service: Service, base: LocalModel, bank: AdapterBank) -> Iterator[
                 bank,
                 AdapterStore(any_service.sessions),
                 base_model=BASE_MODEL,
-                template_sha256=template_sha256(load_tokenizer(base)),
+                tasks=WRITING_TASKS,
+                check=partial(check_writer, bank=bank, template_sha256=template_sha256(load_tokenizer(base))),
                 **({"interval": 0.1} | options),  # type: ignore[arg-type]
             )
             if start:
@@ -140,8 +144,8 @@ def test_what_enters_while_the_database_is_read_stays(
     residency = make()
     digests = AdapterStore.digests
 
-    def slowly(self: AdapterStore, base_model: str) -> dict[str, int]:
-        found = digests(self, base_model)
+    def slowly(self: AdapterStore, *wanted: Any) -> dict[str, int]:
+        found = digests(self, *wanted)
         bank.put(adapters[0])
         return found
 
@@ -150,17 +154,14 @@ def test_what_enters_while_the_database_is_read_stays(
     assert digest(adapters[0]) in bank
 
 
-def test_replaced_content(
-    any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_content(any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact]) -> None:
+    """As when another checkpoint is promoted: what the name stood for before is gone at the next look."""
     first, second, third = adapters
     add(any_service, "first", first)
     add(any_service, "second", second)
     residency = make()
     residency.look()
     store(any_service, "first", digest=digest(third), artifact=dumps(third))
-    monkeypatch.setattr(module, "COMPARISON_SECONDS", 0.0)
-    residency._compare_at = 0.0  # its time has come
     residency.look()
     assert bank.digests() == {digest(second), digest(third)}
     store(any_service, "first", digest=digest(second), artifact=dumps(second))
@@ -239,10 +240,10 @@ def test_an_outage_is_logged_once_and_changes_nothing(
     residency = make()
     residency._attempt()
     with capture_logs() as logs:
-        rename(any_service, "adapters", "away")
+        rename(any_service, "adapter_versions", "away")
         residency._attempt()
         residency._attempt()
-        rename(any_service, "away", "adapters")
+        rename(any_service, "away", "adapter_versions")
         residency._attempt()
     assert [entry["event"] for entry in logs] == ["adapters_not_compared", "adapters_compared_again"]
     assert bank.digests() == {digest(adapters[0])}
