@@ -204,10 +204,11 @@ class AdapterBank:
         """
         self.base_digest = base_digest
         self.manifests: dict[str, Manifest] = {}
+        #: The base model's layers that adapters can have.
+        self.linears = targets.linears(model)
         #: Whose rows the running forward has; nothing between forwards.
         self.composition: Composition | None = None
         self._outputs: Composition | None = None
-        self._model = model
         self._base = weights or BaseWeights.of_model(model, digest=base_digest, cache_dir=cache_dir)
         self._heads = heads
         matrices = None if budget is None else budget // 4
@@ -220,7 +221,7 @@ class AdapterBank:
         self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         self._output_name = _output_name(model)
         keep_weight_layout(model)
-        for name in targets.linears(model):
+        for name in self.linears:
             parent_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent_name), attribute, BankedLinear(model.get_submodule(name), name, self))
 
@@ -249,7 +250,7 @@ class AdapterBank:
                 f"this one has {self.base_digest[:16]}.... Serve it on its own base model.",
                 code="base_model_mismatch",
             )
-        check_modules(self._model, manifest)
+        check_modules(self.linears, manifest)
         found = adapter_fingerprint(manifest.adapter, manifest.modules, self._base)
         check_fingerprint(manifest.fingerprint, found)
 

@@ -222,8 +222,8 @@ def test_a_text_model_classifies_without_a_second_copy(decoder: Engine) -> None:
     assert isinstance(decoder.served, Runner)
     items = items_of(decoder.models["kinds"][0])
     assert all(map(close, decoder.answers("kinds", items), [decoder.answers("kinds", [item])[0] for item in items]))
-    text = {p.data_ptr() for p in decoder.served.bank._model.parameters()}
-    classifier = decoder.served.classifying.half.bank._model
+    text = {p.data_ptr() for p in decoder.served.scheduler._batcher._model.parameters()}
+    classifier = decoder.served.classifying.half.classifier._model
     own = [name for name, p in classifier.named_parameters() if p.data_ptr() not in text]
     assert own == []
     body = {"base_model": "tiny", "messages": HELLO, "max_tokens": 2}
