@@ -38,6 +38,8 @@ from uora.artifact import Artifact
 from worker.engine.runner import Runner, build_runner
 from worker.up import migrate
 
+#: Of an adapter in memory where the processor has no bfloat16.
+FLOAT32_BYTES = 122_880
 #: Rows of one transaction while the database is filled.
 BATCH = 200
 #: Seconds between two questions whether the engine has followed.
@@ -92,7 +94,7 @@ class Bench:
             database_url=url,
             cache_dir=CACHE,
             base_models={SMOLLM2: f"known:{SMOLLM2}"},
-            dtype="bfloat16",
+            engine_adapter_memory=2 * FLOAT32_BYTES * (arguments.rows + arguments.changes),
             engine_token=secrets.token_urlsafe(),
         )
         migrate(settings)
