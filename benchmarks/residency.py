@@ -132,6 +132,7 @@ class Bench:
             "poll_ms": round(statistics.median(polls), 2),
             "resident_bytes": self.runner.bank.bytes,
             "process_bytes": grown,
+            "dtype": str(self.runner.bank.dtype).removeprefix("torch."),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }

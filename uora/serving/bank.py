@@ -218,7 +218,8 @@ class AdapterBank:
         self._lock = threading.RLock()
         parameter = next(model.parameters())
         self._device = parameter.device
-        self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        #: Of the resident adapters' numbers.
+        self.dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         self._output_name = _output_name(model)
         keep_weight_layout(model)
         for name in self.linears:
@@ -261,7 +262,7 @@ class AdapterBank:
             ShapeError: its head is of another kind of model.
         """
         numbers = family_of(artifact.manifest.adapter, self._base).numbers(artifact)
-        in_place = {name: tensor.to(self._device, self._dtype) for name, tensor in numbers.items()}
+        in_place = {name: tensor.to(self._device, self.dtype) for name, tensor in numbers.items()}
         # Ten thousand adapters of a service have the same few lists of modules, each larger than an adapter's vectors.
         modules = self._module_lists.setdefault(artifact.manifest.modules, artifact.manifest.modules)
         head = {} if self._heads is None else self._heads.parameters(artifact)

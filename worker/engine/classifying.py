@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import structlog
 from torch import Tensor
@@ -42,6 +41,7 @@ from uora.spec import Task
 from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
 from worker.engine.checking import check_classifier
+from worker.engine.device_thread import DeviceThread
 from worker.engine.errors import EngineError
 from worker.engine.residency import Residency
 
@@ -106,8 +106,8 @@ class _Item:
     tokens: int
 
 
-class Classifying:
-    """The queue of items, and the thread that answers them."""
+class Classifying(DeviceThread):
+    """The queue of items, and the thread that answers them; stopped, it refuses what waits."""
 
     def __init__(
         self,
@@ -129,31 +129,20 @@ class Classifying:
             max_waiting: items that may wait.
             max_tokens: of a pass, padding included; a longer item has one of its own.
         """
+        super().__init__("engine-classifying", turn)
         self._build = build
         self._base_model = base_model
         self._store = store
-        self._turn = turn
         self._max_waiting = max_waiting
         self._max_tokens = max_tokens
         self._building = threading.Lock()
-        self._changed = threading.Condition()
         self._waiting: deque[_Item] = deque()
         self._running = 0
-        self._stopping = False
-        self._condemned: WeakKeyDictionary[Row, Exception] = WeakKeyDictionary()
         self._residency: Residency | None = None
-        self._thread = threading.Thread(target=self._run, name="engine-classifying", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after its pass; what waits is refused."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
+        """End the threads."""
+        super().stop()
         with self._building:
             if self._residency is not None:
                 self._residency.stop()
@@ -227,10 +216,6 @@ class Classifying:
             self._waiting.extend(items)
             self._changed.notify()
         return request.done
-
-    def end_holders(self, row: Row, error: Exception) -> None:
-        """Fail all requests that have this very row, those that are yet to come too, before they are answered."""
-        self._condemned[row] = error
 
     def _run(self) -> None:
         while taken := self._take():
