@@ -205,11 +205,11 @@ class TestResidency:
         wait_until(lambda: bank.digests() == digests)  # whether anybody asked for them or not
         with encoder.sessions.begin() as session:
             session.execute(delete(Adapter).where(Adapter.id == "kinds"))
-        wait_until(lambda: artifact.manifest.digest not in bank, seconds=1)
+        wait_until(lambda: artifact.manifest.digest not in bank, seconds=5)
         answer = encoder.ask("kinds", [{"text": "fig"}])
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "adapter_not_found")
         add(encoder.sessions, "kinds", artifact)
-        wait_until(lambda: bank.digests() == digests, seconds=1)
+        wait_until(lambda: bank.digests() == digests, seconds=5)
 
     def test_text_and_classes_have_each_their_own(self, decoder: Engine) -> None:
         assert isinstance(decoder.served, Runner)
