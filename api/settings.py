@@ -68,11 +68,9 @@ class Settings(DatabaseSettings):
     engine_max_classify_items: int = Field(default=256, ge=1)
     engine_max_waiting_items: int = Field(default=2048, ge=1)
     engine_max_classify_tokens: int = Field(default=4096, ge=16)
-    #: Adapters of classifiers that stay resident while no request needs them.
-    engine_max_classifiers: int = Field(default=1024, ge=1)
     #: Tokens whose keys and values an engine holds at once; 0 takes a quarter of what all rows could have.
     engine_kv_tokens: int = Field(default=0, ge=0)
-    #: Bytes for the adapters that an engine holds.
+    #: Bytes for the adapters that an engine holds; where it writes text, an eighth of them is for classifiers.
     engine_adapter_memory: int = Field(default=1024**3, ge=0)
 
     #: "auto" takes bfloat16 where the processor has it, else float32.

@@ -290,7 +290,7 @@ def _cold_and_warm(bench: Bench, times: int) -> tuple[list[float], list[float]]:
         for artifact in artifacts(bench.base, bench.modules, times, hits=True, seed=1):
             name, digest = new_id("adapter"), artifact.manifest.digest
             with Session(database) as session, session.begin():
-                session.add(_row(name, artifact))
+                session.add(row_of(name, artifact, project="bench"))
             start = time.perf_counter()
             loaded = store.load(name, digest)
             bench.bank.check(loaded.manifest)
@@ -304,11 +304,12 @@ def _cold_and_warm(bench: Bench, times: int) -> tuple[list[float], list[float]]:
     return cold, warm
 
 
-def _row(name: str, artifact: Artifact) -> Adapter:
+def row_of(name: str, artifact: Artifact, *, project: str) -> Adapter:
+    """An adapter as a trainer stores it."""
     manifest = artifact.manifest
     return Adapter(
         id=name,
-        project_id="bench",
+        project_id=project,
         base_model=MODEL,
         digest=manifest.digest,
         manifest=manifest.model_dump(mode="json"),

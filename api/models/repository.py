@@ -36,7 +36,8 @@ class AdapterRepository(Repository[Adapter]):
         """Let ``adapter`` answer as ``source`` does; False if it does already."""
         if adapter.digest == source.digest:
             return False
-        adapter.digest, adapter.manifest, adapter.artifact = source.digest, source.manifest, source.artifact
+        adapter.task, adapter.manifest = source.task, source.manifest
+        adapter.digest, adapter.artifact = source.digest, source.artifact
         return True
 
     def delete(self, adapters: Sequence[Adapter]) -> None:

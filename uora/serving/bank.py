@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +29,10 @@ from uora.methods import adapter_fingerprint, check_modules
 from uora.quantised import keep_weight_layout
 from uora.serving.composition import Composition, Group, Modules
 from uora.serving.families import ServingFamily, family_of
+from uora.serving.heads import Heads
 from uora.serving.products import product
 from uora.serving.rows import Row
 from uora.svd import BaseWeights
-
-
-class HeadStore(Protocol):
-    """Where the heads of classifiers are kept (``uora.serving.heads``)."""
-
-    def put(self, artifact: Artifact) -> None:
-        """Make an adapter's head resident."""
-
-    def remove(self, digest: str) -> None:
-        """Free it."""
 
 
 class BankedLinear(nn.Module):
@@ -113,7 +104,7 @@ class AdapterBank:
         base_digest: str,
         cache_dir: Path | None = None,
         weights: BaseWeights | None = None,
-        heads: HeadStore | None = None,
+        heads: Heads | None = None,
         budget: int | None = None,
     ) -> None:
         """Put a `BankedLinear` in the place of every linear layer of ``model``.
@@ -123,16 +114,17 @@ class AdapterBank:
             base_digest: its weights' digest; adapters of another base are refused.
             cache_dir: disk cache of frames and singular vectors, where ``weights`` brings none.
             weights: the base model's own weights; None takes them from ``model``, as it is.
-            heads: where heads of classifiers go; None where there are none.
+            heads: of the model, if its adapters are classifiers.
             budget: bytes for adapters, a quarter of it for those with matrices (LoRA), so that these do not drive out
                 thousands of others. Beyond it, those used least recently go. None keeps all.
         """
         self.base_digest = base_digest
         self.manifests: dict[str, Manifest] = {}
+        #: The base model's layers that adapters can have.
+        self.linears = targets.linears(model)
         #: Whose rows the running forward has; nothing between forwards.
         self.composition: Composition | None = None
         self._outputs: Composition | None = None
-        self._model = model
         self._base = weights or BaseWeights.of_model(model, digest=base_digest, cache_dir=cache_dir)
         self._heads = heads
         matrices = None if budget is None else budget // 4
@@ -142,10 +134,11 @@ class AdapterBank:
         self._lock = threading.RLock()
         parameter = next(model.parameters())
         self._device = parameter.device
-        self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        #: Of the resident adapters' numbers.
+        self.dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         self._output_name = _output_name(model)
         keep_weight_layout(model)
-        for name, shape in targets.linears(model).items():
+        for name, shape in self.linears.items():
             parent_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent_name), attribute, BankedLinear(model.get_submodule(name), shape, self))
 
@@ -174,17 +167,22 @@ class AdapterBank:
                 f"this one has {self.base_digest[:16]}.... Serve it on its own base model.",
                 code="base_model_mismatch",
             )
-        check_modules(self._model, manifest)
+        check_modules(self.linears, manifest)
         found = adapter_fingerprint(manifest.adapter, manifest.modules, self._base)
         check_fingerprint(manifest.fingerprint, found)
 
     def row_of(self, artifact: Artifact) -> Row:
-        """An adapter as this bank would have it, without taking it in."""
+        """An adapter as this bank would have it, without taking it in.
+
+        Raises:
+            ShapeError: its head is of another kind of model.
+        """
         numbers = family_of(artifact.manifest.adapter, self._base).numbers(artifact)
-        in_place = {name: tensor.to(self._device, self._dtype) for name, tensor in numbers.items()}
+        in_place = {name: tensor.to(self._device, self.dtype) for name, tensor in numbers.items()}
         # Ten thousand adapters of a service have the same few lists of modules, each larger than an adapter's vectors.
         modules = self._module_lists.setdefault(artifact.manifest.modules, artifact.manifest.modules)
-        return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place)
+        head = {} if self._heads is None else self._heads.parameters(artifact)
+        return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place, head)
 
     def put(self, artifact: Artifact) -> Row:
         """Make a checked adapter resident; one that is resident already stays as it is.
@@ -203,8 +201,8 @@ class AdapterBank:
             resident = self.find(row.digest)
             if resident is not None:
                 return resident
-            for digest in self._take(row, artifact):
-                self._forget(digest)
+            for digest in self._take(row):
+                del self.manifests[digest]
             return row
 
     def put_if_room(self, artifact: Artifact) -> bool:
@@ -225,7 +223,7 @@ class AdapterBank:
             pool = self._pool(row.manifest)
             if not pool.has_room(row):
                 return False
-            self._take(row, artifact)
+            self._take(row)
             pool.rows.move_to_end(row.digest, last=False)
             return True
 
@@ -263,19 +261,11 @@ class AdapterBank:
         """Let an adapter go, if it is resident. Requests that hold its row go on with it."""
         with self._lock:
             if digest in self:
-                self._pool(self.manifests[digest]).remove(digest)
-                self._forget(digest)
+                self._pool(self.manifests.pop(digest)).remove(digest)
 
-    def _take(self, row: Row, artifact: Artifact) -> list[str]:
-        if self._heads is not None:
-            self._heads.put(artifact)  # before the row: it refuses heads of another model
+    def _take(self, row: Row) -> list[str]:
         self.manifests[row.digest] = row.manifest
         return self._pool(row.manifest).put(row)
-
-    def _forget(self, digest: str) -> None:
-        del self.manifests[digest]
-        if self._heads is not None:
-            self._heads.remove(digest)
 
     def _pool(self, manifest: Manifest) -> _Pool:
         return self._pools[family_of(manifest.adapter, self._base).heavy]

@@ -35,7 +35,6 @@ from worker.engine.errors import EngineError
 from worker.engine.preparing import Prepared, prepare
 from worker.engine.provenance import fingerprint, provenance
 from worker.engine.registration import Description, Registration
-from worker.engine.residency import Residency
 from worker.engine.runner import Runner, Served, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
@@ -57,13 +56,8 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
-        residency = _residency(runner) if isinstance(runner, Runner) else None
-        if residency is not None:
-            residency.start()
         yield
         await run_in_threadpool(registration.stop)
-        if residency is not None:
-            await run_in_threadpool(residency.stop)
         await run_in_threadpool(runner.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -89,16 +83,6 @@ def _registration(settings: Settings, runner: Served) -> Registration:
         description,
         load=runner.load,
         interval=settings.engine_heartbeat_interval,
-    )
-
-
-def _residency(runner: Runner) -> Residency:
-    return Residency(
-        runner.bank,
-        runner.store,
-        base_model=runner.base.name,
-        template_sha256=runner.template_sha256,
-        on_corrupted=runner.scheduler.end_holders,
     )
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from peft import get_peft_model
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.database import Base, make_engine, make_sessions
@@ -32,7 +32,7 @@ from uora.models import LocalModel, fetch, load_model, load_tokenizer
 from uora.serving.generation import Generation
 from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
-from worker.engine.app import _residency, create_app
+from worker.engine.app import create_app
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError
 
@@ -206,11 +206,30 @@ def test_a_row_that_changed_in_memory_answers_nobody(engine: Engine) -> None:
     model, artifact = next(iter(engine.adapters.items()))
     sound, row = engine.ask(model)[0], engine.runner.bank.row(artifact.manifest.digest)
     row.numbers["d"].zero_()
-    residency = _residency(engine.runner)
-    residency.look()
+    residency = engine.runner.residency
+    wait_until(lambda: artifact.manifest.digest in residency._stored)
     residency._audit(artifact.manifest.digest)
     assert row in engine.runner.scheduler._condemned
     assert engine.ask(model)[0] == sound
+
+
+def test_a_promotion_is_seen_by_the_next_request(engine: Engine) -> None:
+    """A request names the digest that its model's name stands for, which no residency need have seen before."""
+    name = "ft:tiny:one::promoted"
+    before, after = (make_adapter(engine.runner.base, seed=seed, r=8) for seed in (21, 22))
+    old, new = ({"id": name, "digest": each.manifest.digest} for each in (before, after))
+    add(engine.sessions, name, before)
+    answer_before, _ = engine.ask(None, adapter=old)
+    with engine.sessions.begin() as session:
+        values = {"digest": after.manifest.digest, "artifact": dumps(after)}
+        session.execute(update(Adapter).where(Adapter.id == name).values(**values))
+    answer_after, _ = engine.ask(None, adapter=new)
+    assert answer_after != answer_before
+    data = base64.b64encode(dumps(after)).decode()
+    assert engine.ask(None, adapter={"id": "sent", "data": data})[0] == answer_after
+    wait_until(lambda: before.manifest.digest not in engine.runner.bank, seconds=2)
+    status, error = engine.refusal(None, adapter=old)
+    assert (status, error["code"]) == (500, "adapter_digest_mismatch")
 
 
 def test_what_is_wrong_is_never_answered_by_the_base(engine: Engine) -> None:
