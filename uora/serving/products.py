@@ -34,7 +34,9 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Product:
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    """Whether oneDNN is there, and computes in bfloat16 on this processor; without AVX-512 it may refuse to."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def down_product(family: Family, features: int, *, both: bool, like: Tensor) -> Product:

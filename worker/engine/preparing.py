@@ -88,7 +88,7 @@ def _load(runner: Runner, target: AdapterTarget) -> Artifact:
     return runner.store.load(target.id, target.digest or "")
 
 
-def check_adapter(manifest: Manifest, bank: AdapterBank, template_sha256: str, *, param: str = "model") -> None:
+def check_adapter(manifest: Manifest, bank: AdapterBank, template_sha256: str | None, *, param: str = "model") -> None:
     """Make sure that an adapter can answer on the bank's base model with its chat template.
 
     Raises:
@@ -111,7 +111,7 @@ def _param(target: AdapterTarget) -> str:
     return "adapter.data" if target.data else "model"
 
 
-def _check_template(manifest: Manifest, template_sha256: str, *, param: str) -> None:
+def _check_template(manifest: Manifest, template_sha256: str | None, *, param: str) -> None:
     """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
     if manifest.chat_template_sha256 is None:
         raise EngineError(
@@ -120,6 +120,8 @@ def _check_template(manifest: Manifest, template_sha256: str, *, param: str) -> 
             "The model was trained on prompts and completions without a chat template; use /v1/completions.",
             param=param,
         )
+    if template_sha256 is None:
+        raise _no_template(param)
     if manifest.chat_template_sha256 != template_sha256:
         raise EngineError(
             400,
@@ -128,6 +130,16 @@ def _check_template(manifest: Manifest, template_sha256: str, *, param: str) -> 
             "template it was trained with.",
             param=param,
         )
+
+
+def _no_template(param: str) -> EngineError:
+    return EngineError(
+        400,
+        "no_chat_template",
+        "The base model's tokenizer has no chat template, so conversations cannot be written for it. Use "
+        "/v1/completions, or a base model with a chat template.",
+        param=param,
+    )
 
 
 def _prompts(runner: Runner, body: GenerateRequest) -> list[Prompt]:
@@ -139,6 +151,8 @@ def _prompts(runner: Runner, body: GenerateRequest) -> list[Prompt]:
 
 
 def _render(runner: Runner, body: GenerateRequest) -> list[int]:
+    if runner.template_sha256 is None:
+        raise _no_template("messages")
     messages = [message.model_dump() for message in body.messages or ()]
     try:
         return render(runner.tokenizer, messages, add_generation_prompt=True)

@@ -44,7 +44,7 @@ class Residency:
         store: AdapterStore,
         *,
         base_model: str,
-        template_sha256: str,
+        template_sha256: str | None,
         interval: float = 0.5,
         audit_interval: float = 1.0,
         on_corrupted: Callable[[Row, Exception], None] = _nobody,
@@ -55,7 +55,7 @@ class Residency:
             bank: what is resident.
             store: what should be.
             base_model: the name whose adapters belong into the bank.
-            template_sha256: of the engine's chat template.
+            template_sha256: of the engine's chat template; None where there is none.
             interval: seconds between two looks into the database.
             audit_interval: seconds between two audits.
             on_corrupted: told of a row in memory that is not what is stored, and what its answers are to end with.
