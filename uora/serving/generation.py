@@ -267,7 +267,10 @@ class Batcher:
                     found[self._rehearsed(waiting.pop(0), decoded)] = []
                 step = _Step(
                     self._decoding,
-                    [(answer, len(answer.tokens) if answer.known else min(piece, len(answer.tokens))) for answer in self._prompts],
+                    [
+                        (answer, len(answer.tokens) if answer.known else min(piece, len(answer.tokens)))
+                        for answer in self._prompts
+                    ],
                 )
                 logits = self._forward(step)
                 for answer, (_, stop) in zip(step.answers, step.pieces, strict=True):

@@ -24,8 +24,8 @@ _DECODED = 2
 #: Tokens of a prompt that are read at first; the rest is a second piece.
 _PIECE = 11
 _SERVED = (
-    "The engine serves causal language models whose attention is a plain softmax over the whole context, with "
-    "rotary or learned positions (such as Llama, Qwen2, Qwen3, Mistral without a sliding window, GPT-2, GPT-NeoX, Phi). "
+    "The engine serves causal language models whose attention is a plain softmax over the whole context, with rotary "
+    "or learned positions (such as Llama, Qwen2, Qwen3, Phi, GPT-2, GPT-NeoX, Mistral without a sliding window). "
     "Choose such a base model (UORA_BASE_MODELS, UORA_ENGINE_BASE_MODEL)."
 )
 

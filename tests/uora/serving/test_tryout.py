@@ -36,9 +36,7 @@ def load(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **ch
 
 
 def make_batcher(model: PreTrainedModel, context: int = CONTEXT) -> Batcher:
-    return Batcher(
-        model, make_tiny_tokenizer(), AdapterBank(model, base_digest="0" * 64), max_rows=2, context=context
-    )
+    return Batcher(model, make_tiny_tokenizer(), AdapterBank(model, base_digest="0" * 64), max_rows=2, context=context)
 
 
 def try_out(model: PreTrainedModel) -> Batcher:

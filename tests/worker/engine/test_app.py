@@ -23,7 +23,7 @@ from api.models.models import Adapter
 from api.projects.models import Project
 from api.settings import Settings
 from tests.api.support import serve, wait_until
-from tests.tiny import make_tiny_llama
+from tests.tiny import make_tiny_causal, make_tiny_llama
 from tests.uora.toys import randomise, store
 from uora.artifact import Artifact, Provenance, dumps, loads
 from uora.data import CompletionRow, encode_completion, prompt_ids
@@ -454,28 +454,29 @@ def with_manifest(artifact: Artifact, **fields: Any) -> Artifact:
     return loads(dumps(replace(artifact, manifest=artifact.manifest.model_copy(update=fields))))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("plain")
+    directory = make_tiny_causal(folder / "tiny", "gpt2", chat_template=None)
+    settings = Settings(
+        home=folder,
+        database_url=f"sqlite:///{folder / 'engine.db'}",
+        cache_dir=folder / "cache",
+        base_models={"tiny": f"path:{directory}"},
+        engine_base_model="tiny",
+        engine_token=TOKEN,  # type: ignore[arg-type]
+        dtype="float32",
+    )
+    database = make_engine(settings.database_url)
+    Base.metadata.create_all(database)
+    runner = build_runner(settings)
+    assert isinstance(runner, Runner)
+    with serve(create_app(settings, lambda _: runner)) as url:
+        yield Engine(url, runner, make_sessions(database), {})
+
+
 class TestWithoutChatTemplate:
     """A base model that was trained on text alone continues texts; it has no conversations."""
-
-    @pytest.fixture(scope="class")
-    def plain(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-        folder = tmp_path_factory.mktemp("plain")
-        directory = make_tiny_causal(folder / "tiny", "gpt2", chat_template=None)
-        settings = Settings(
-            home=folder,
-            database_url=f"sqlite:///{folder / 'engine.db'}",
-            cache_dir=folder / "cache",
-            base_models={"tiny": f"path:{directory}"},
-            engine_base_model="tiny",
-            engine_token=TOKEN,  # type: ignore[arg-type]
-            dtype="float32",
-        )
-        database = make_engine(settings.database_url)
-        Base.metadata.create_all(database)
-        runner = build_runner(settings)
-        assert isinstance(runner, Runner)
-        with serve(create_app(settings, lambda _: runner)) as url:
-            yield Engine(url, runner, make_sessions(database), {})
 
     def test_prompts_are_continued(self, plain: Engine) -> None:
         text, lines = plain.ask(None, prompts=["once"])
@@ -483,12 +484,12 @@ class TestWithoutChatTemplate:
         assert lines[-1]["type"] == "finish"
 
     def test_conversations_are_refused(self, plain: Engine) -> None:
-        status, error = plain.refuse(None)
+        status, error = plain.refusal(None)
         assert (status, error["code"], error["param"]) == (400, "no_chat_template", "messages")
         assert "/v1/completions" in error["message"]
 
     def test_adapters_of_conversations_are_refused(self, plain: Engine) -> None:
         base = plain.runner.base
-        data = base64.b64encode(dumps(make_adapter(base, seed=1, r=4, template="f" * 64))).decode()
-        status, error = plain.refuse(None, adapter={"id": "x", "data": data}, prompts=["once"])
+        adapter = inline(make_adapter(base, seed=1, r=4, template="f" * 64))
+        status, error = plain.refusal(None, adapter=adapter, prompts=["once"])
         assert (status, error["code"]) == (400, "no_chat_template")
