@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runner = await run_in_threadpool(build, settings)
+        runner = await run_in_threadpool(_built, build, settings)
         runner.start()
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
@@ -69,6 +69,14 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
     app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
+
+
+def _built(build: Callable[[Settings], Served], settings: Settings) -> Served:
+    try:
+        return build(settings)
+    except UoraError as error:  # uvicorn ends the process with exit status 3
+        log.error("engine_not_started", base_model=settings.engine_base_model, code=error.code, error=error.message)
+        raise
 
 
 def _registration(settings: Settings, runner: Served) -> Registration:

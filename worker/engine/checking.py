@@ -10,7 +10,7 @@ from uora.serving.bank import AdapterBank
 from worker.engine.errors import EngineError
 
 
-def check_writer(manifest: Manifest, bank: AdapterBank, template_sha256: str, *, param: str = "model") -> None:
+def check_writer(manifest: Manifest, bank: AdapterBank, template_sha256: str | None, *, param: str = "model") -> None:
     """Make sure that an adapter writes text on the bank's base model with its chat template.
 
     Raises:
@@ -46,7 +46,7 @@ def check_classifier(manifest: Manifest, bank: AdapterBank, tasks: Collection[st
     bank.check(manifest)
 
 
-def check_template(manifest: Manifest, template_sha256: str, *, param: str) -> None:
+def check_template(manifest: Manifest, template_sha256: str | None, *, param: str) -> None:
     """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
     if manifest.chat_template_sha256 is None:
         raise EngineError(
@@ -55,6 +55,8 @@ def check_template(manifest: Manifest, template_sha256: str, *, param: str) -> N
             "The model was trained on prompts and completions without a chat template; use /v1/completions.",
             param=param,
         )
+    if template_sha256 is None:
+        raise no_template(param)
     if manifest.chat_template_sha256 != template_sha256:
         raise EngineError(
             400,
@@ -63,3 +65,14 @@ def check_template(manifest: Manifest, template_sha256: str, *, param: str) -> N
             "template it was trained with.",
             param=param,
         )
+
+
+def no_template(param: str) -> EngineError:
+    """What a conversation is answered with where the base model has no chat template."""
+    return EngineError(
+        400,
+        "no_chat_template",
+        "The base model's tokenizer has no chat template, so conversations cannot be written for it. Use "
+        "/v1/completions, or a base model with a chat template.",
+        param=param,
+    )

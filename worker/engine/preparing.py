@@ -16,7 +16,7 @@ from uora.errors import AdapterNotFoundError, SamplingError, UoraError
 from uora.serving.grammar import Grammar
 from uora.serving.rows import Row
 from uora.serving.sampling import Sampling
-from worker.engine.checking import check_template, check_writer
+from worker.engine.checking import check_template, check_writer, no_template
 from worker.engine.errors import EngineError
 from worker.engine.runner import Runner
 
@@ -101,6 +101,8 @@ def _prompts(runner: Runner, body: GenerateRequest) -> list[Prompt]:
 
 
 def _render(runner: Runner, body: GenerateRequest) -> list[int]:
+    if runner.template_sha256 is None:
+        raise no_template("messages")
     messages = [message.model_dump() for message in body.messages or ()]
     try:
         return render(runner.tokenizer, messages, add_generation_prompt=True)

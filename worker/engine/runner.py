@@ -21,6 +21,7 @@ from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtyp
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, check_servable, end_tokens
 from uora.serving.grammar import Grammars
+from uora.serving.tryout import Tryout
 from uora.spec import Task
 from uora.svd import BaseWeights
 from worker.engine.adapters import AdapterStore
@@ -73,7 +74,7 @@ class Runner(Served):
 
     Attributes:
         tokenizer: the base model's tokenizer, with the chat template.
-        template_sha256: of the chat template; adapters trained with another one are refused.
+        template_sha256: of the chat template, None where there is none; adapters trained with another are refused.
         context: tokens that a prompt and its answer may have together.
         grammars: what answers can be held to, over the tokenizer's tokens.
         bank: the resident adapters that write text.
@@ -82,7 +83,7 @@ class Runner(Served):
     """
 
     tokenizer: PreTrainedTokenizerFast
-    template_sha256: str
+    template_sha256: str | None
     context: int
     grammars: Grammars
     bank: AdapterBank
@@ -166,6 +167,8 @@ def _text_runner(base: LocalModel, settings: Settings, device: str) -> Runner:
     # On a CPU the batch computes with weights in a layout of its own; the mapped originals need not stay in memory.
     model = load_model(base, dtype=pick_dtype(settings.dtype), device=device, copies_in=settings.cache_dir)
     check_servable(model)
+    context = min(settings.engine_max_tokens, getattr(model.config, "max_position_embeddings", 2**31))
+    tryout = Tryout.of(model, context=context)  # before the bank and the batch change its layers
     parameters = dict(model.named_parameters())  # by their own names, which the bank changes
     turn, store = threading.Lock(), _store(settings)
     for_classifiers = int(settings.engine_adapter_memory * _SHARE_OF_CLASSIFIERS)
@@ -173,17 +176,19 @@ def _text_runner(base: LocalModel, settings: Settings, device: str) -> Runner:
     weights = BaseWeights.of_local(base, "chat", settings.cache_dir)
     budget = settings.engine_adapter_memory - for_classifiers
     bank = AdapterBank(model, base_digest=base.digest, weights=weights, budget=budget)
-    context = min(settings.engine_max_tokens, getattr(model.config, "max_position_embeddings", 2**31))
-    batcher = Batcher(
-        model,
-        tokenizer,
-        bank,
-        max_rows=settings.engine_max_rows,
-        context=context,
-        cache_tokens=settings.engine_kv_tokens,
+    batcher = tryout.check(
+        lambda: Batcher(
+            model,
+            tokenizer,
+            bank,
+            max_rows=settings.engine_max_rows,
+            context=context,
+            cache_tokens=settings.engine_kv_tokens,
+        )
     )
     log.info("engine_loaded", base_model=base.name, dtype=str(model.dtype), device=device, context=context)
-    template, scheduler = template_sha256(tokenizer), Scheduler(batcher, bank, turn)
+    template = template_sha256(tokenizer) if tokenizer.chat_template else None
+    scheduler = Scheduler(batcher, bank, turn)
     return Runner(
         base=base,
         tokenizer=tokenizer,

@@ -23,7 +23,7 @@ from api.models.models import Adapter
 from api.projects.models import Project
 from api.settings import Settings
 from tests.api.support import serve, wait_until
-from tests.tiny import make_tiny_llama
+from tests.tiny import make_tiny_causal, make_tiny_llama
 from tests.uora.toys import randomise, store
 from uora.artifact import Artifact, Provenance, dumps, loads
 from uora.data import CompletionRow, encode_completion, prompt_ids
@@ -471,3 +471,44 @@ def inline(artifact: Artifact) -> dict[str, Any]:
 def with_manifest(artifact: Artifact, **fields: Any) -> Artifact:
     """The same numbers under another manifest."""
     return loads(dumps(replace(artifact, manifest=artifact.manifest.model_copy(update=fields))))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("plain")
+    directory = make_tiny_causal(folder / "tiny", "gpt2", chat_template=None)
+    settings = Settings(
+        home=folder,
+        database_url=f"sqlite:///{folder / 'engine.db'}",
+        cache_dir=folder / "cache",
+        base_models={"tiny": f"path:{directory}"},
+        engine_base_model="tiny",
+        engine_token=TOKEN,  # type: ignore[arg-type]
+        dtype="float32",
+    )
+    database = make_engine(settings.database_url)
+    Base.metadata.create_all(database)
+    runner = build_runner(settings)
+    assert isinstance(runner, Runner)
+    with serve(create_app(settings, lambda _: runner)) as url:
+        yield Engine(url, runner, make_sessions(database), {})
+
+
+class TestWithoutChatTemplate:
+    """A base model that was trained on text alone continues texts; it has no conversations."""
+
+    def test_prompts_are_continued(self, plain: Engine) -> None:
+        text, lines = plain.ask(None, prompts=["once"])
+        assert text
+        assert lines[-1]["type"] == "finish"
+
+    def test_conversations_are_refused(self, plain: Engine) -> None:
+        status, error = plain.refusal(None)
+        assert (status, error["code"], error["param"]) == (400, "no_chat_template", "messages")
+        assert "/v1/completions" in error["message"]
+
+    def test_adapters_of_conversations_are_refused(self, plain: Engine) -> None:
+        base = plain.runner.base
+        adapter = inline(make_adapter(base, seed=1, r=4, template="f" * 64))
+        status, error = plain.refusal(None, adapter=adapter, prompts=["once"])
+        assert (status, error["code"]) == (400, "no_chat_template")
