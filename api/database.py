@@ -129,3 +129,10 @@ def make_sessions(engine: Engine) -> sessionmaker[Session]:
 def make_read_sessions(engine: Engine) -> sessionmaker[Session]:
     """Sessions that only read; on SQLite they take no write lock."""
     return sessionmaker(engine.execution_options(**{READ_ONLY: True}), expire_on_commit=False)
+
+
+def make_glance_sessions(engine: Engine) -> sessionmaker[Session]:
+    """Sessions for single reads: on PostgreSQL without a transaction, which would be two more journeys to it."""
+    if engine.dialect.name == "sqlite":
+        return make_read_sessions(engine)
+    return sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)

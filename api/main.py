@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import FrameType
 
 from fastapi import FastAPI
 
@@ -30,6 +34,7 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_resources(settings, queue=queue) as resources:
             app.state.resources = resources
+            _on_stop_signal(resources.jobs.stop)
             yield
 
     app = FastAPI(
@@ -47,3 +52,20 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
     app.add_middleware(BodyLimit, max_json_bytes=settings.max_json_bytes, max_upload_bytes=settings.max_upload_bytes)
     app.add_middleware(RequestContext)  # added last, so outermost
     return app
+
+
+def _on_stop_signal(action: Callable[[], None]) -> None:
+    """Act as soon as the server is told to stop: it lets all requests end before it ends the lifespan, and those who
+    wait for a job would keep it for a minute."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # a server in a thread is stopped by other means
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        servers = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, servers: object = servers) -> None:
+            loop.call_soon_threadsafe(action)
+            if callable(servers):
+                servers(number, frame)
+
+        signal.signal(number, handle)
