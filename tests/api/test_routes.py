@@ -105,7 +105,7 @@ def ids(service: Service) -> dict[str, str]:
             "{sweep_id}": str(job.sweep_id),
             "{model:path}": model.id,
             "{checkpoint_id}": checkpoint.id,
-            **{route: failed.id for route in OF_ENDED_JOBS},
+            **dict.fromkeys(OF_ENDED_JOBS, failed.id),
         }
 
 
