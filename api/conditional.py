@@ -29,7 +29,7 @@ class Condition:
         return tag in sent or "*" in sent
 
 
-def get_condition(if_none_match: Annotated[str | None, Header()] = None) -> Condition:
+async def get_condition(if_none_match: Annotated[str | None, Header()] = None) -> Condition:
     """What the client has."""
     return Condition(if_none_match)
 

@@ -40,7 +40,7 @@ CheckpointPage = Annotated[PageQuery, Depends(PageParams(default_limit=10))]
 _LABEL = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-def label_filter(request: Request) -> dict[str, str] | None:
+async def label_filter(request: Request) -> dict[str, str] | None:
     """``metadata[k]=v`` of the query string; None for ``metadata=null``.
 
     Raises:

@@ -68,3 +68,10 @@ def test_serving() -> None:
     assert result["bytes_10000"] == 10_000 * 2 * numbers  # bfloat16
     assert result["vs_peft_mixed_lora"] > 0
     assert result["batch1_latency_vs_generate"] > 0
+
+
+@pytest.mark.postgres
+def test_the_api_beside_a_constant_answer() -> None:
+    result = smoke("api")  # which fails if any answer is another than it should be
+    for name in ("poll_vs_constant", "poll304_vs_constant", "poll_p99_ms_under_load", "growth_100_to_10000"):
+        assert result[name] > 0
