@@ -15,7 +15,7 @@ from api.handlers import install_handlers
 from api.middleware import BodyLimit, RequestContext
 from api.queue import TaskQueue
 from api.resources import open_resources
-from api.router import make_router
+from api.router import include_routers
 from api.settings import Settings
 from api.telemetry import configure_logging
 
@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         # A redirect would lose the body's method on some clients; an unknown path is a clear 404.
         redirect_slashes=False,
     )
-    app.include_router(make_router())
+    include_routers(app)
     install_handlers(app)
     app.add_middleware(BodyLimit, max_json_bytes=settings.max_json_bytes, max_upload_bytes=settings.max_upload_bytes)
     app.add_middleware(RequestContext)  # added last, so outermost
@@ -62,10 +62,13 @@ def _on_stop_signal(action: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         servers = signal.getsignal(number)
+        if not callable(servers):
+            continue  # it does not end its requests first, or is told in another way
 
-        def handle(number: int, frame: FrameType | None, servers: object = servers) -> None:
+        def handle(
+            number: int, frame: FrameType | None, servers: Callable[[int, FrameType | None], object] = servers
+        ) -> None:
             loop.call_soon_threadsafe(action)
-            if callable(servers):
-                servers(number, frame)
+            servers(number, frame)
 
         signal.signal(number, handle)

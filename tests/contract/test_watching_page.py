@@ -37,7 +37,7 @@ def environment(service: Service) -> dict[str, str]:
 def run(block: str, environment: dict[str, str]) -> str:
     script = block.replace("wait=60", "wait=0.1").replace("curl -s", "curl -sS --fail-with-body -s")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], env=environment, capture_output=True, text=True, timeout=30
+        ["/bin/bash", "-euo", "pipefail", "-c", script], env=environment, capture_output=True, text=True, timeout=30
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
