@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 #: How long a good key is believed to be good.
@@ -26,18 +28,26 @@ class RecentCallers:
 
     def __init__(self) -> None:
         self._kept: dict[bytes, tuple[Caller, float]] = {}
+        self._finding: dict[bytes, asyncio.Task[Caller]] = {}
 
-    def find(self, sent: str) -> Caller | None:
-        """Who it was, unless that is too long ago."""
-        kept = self._kept.get(_digest(sent))
-        return kept[0] if kept and time.monotonic() - kept[1] < CALLER_SECONDS else None
+    async def get(self, sent: str, find: Callable[[], Awaitable[Caller]]) -> Caller:
+        """Who it was, or is found to be: once for all who send the same meanwhile. Raises what ``find`` does."""
+        digest = hashlib.sha256(sent.encode(errors="surrogateescape")).digest()
+        kept = self._kept.get(digest)
+        if kept and time.monotonic() - kept[1] < CALLER_SECONDS:
+            return kept[0]
+        finding = self._finding.get(digest)
+        if finding is None:
+            finding = self._finding[digest] = asyncio.create_task(self._find(digest, find))
+        return await asyncio.shield(finding)  # one of those who wait for it may leave
 
-    def keep(self, sent: str, caller: Caller, *, found_at: float) -> None:
-        """Remember who it is, as of ``found_at`` on the monotonic clock."""
+    async def _find(self, digest: bytes, find: Callable[[], Awaitable[Caller]]) -> Caller:
+        asked_at = time.monotonic()  # what the database says is at least as new
+        try:
+            caller = await find()
+        finally:
+            del self._finding[digest]
         if len(self._kept) >= MAX_CALLERS:
             self._kept.clear()
-        self._kept[_digest(sent)] = (caller, found_at)
-
-
-def _digest(sent: str) -> bytes:
-    return hashlib.sha256(sent.encode(errors="surrogateescape")).digest()
+        self._kept[digest] = (caller, asked_at)
+        return caller

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any, Self
 
-from fastapi import Depends, Header
+from starlette.requests import Request
 from starlette.responses import Response
 
 #: A copy may be kept by the client that it was given to, and has to be asked about before each use.
 _CACHE_CONTROL = "private, no-cache"
-#: Of an endpoint that answers `not_modified`.
+#: Of a route that answers `not_modified`.
 NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Nothing changed since `If-None-Match`."}}
+#: Of such a route too: the header is read by hand, since a declared one costs a poll more than its statement.
+IF_NONE_MATCH: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "If-None-Match",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "ETag of the answer that the client has.",
+        }
+    ]
+}
 
 
 @dataclass(frozen=True)
@@ -21,20 +33,17 @@ class Condition:
 
     if_none_match: str | None
 
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """What the client says that it has."""
+        return cls(request.headers.get("if-none-match"))
+
     def met_by(self, tag: str) -> bool:
         """Whether the client has the answer with this tag. Proxies that compress make a tag a weak one."""
         if self.if_none_match is None:
             return False
         sent = [each.strip().removeprefix("W/") for each in self.if_none_match.split(",")]
         return tag in sent or "*" in sent
-
-
-async def get_condition(if_none_match: Annotated[str | None, Header()] = None) -> Condition:
-    """What the client has."""
-    return Condition(if_none_match)
-
-
-ConditionDep = Annotated[Condition, Depends(get_condition)]
 
 
 def make_tag(*parts: object) -> str:

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from api.auth import CallerDep, current_caller
 from api.caller import Caller
 from api.completions.responses import unless_disconnected
-from api.conditional import NOT_MODIFIED, ConditionDep, make_tag, not_modified, tagged
-from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep
+from api.conditional import IF_NONE_MATCH, NOT_MODIFIED, Condition, make_tag, not_modified, tagged
+from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep, get_resources
 from api.errors import InvalidRequest
 from api.jobs import comparing, polling, service
 from api.jobs.comparing import JobComparison
@@ -77,26 +77,36 @@ def create_job(
     return FineTuningJob.of(service.create(work, caller, body=body, base_models=base_models))
 
 
-@router.get("", response_model=ListObject[FineTuningJob], responses=NOT_MODIFIED)
+@router.get("", response_model=ListObject[FineTuningJob], responses=NOT_MODIFIED, openapi_extra=IF_NONE_MATCH)
 def list_jobs(
-    caller: CallerDep, session: ReadSessionDep, query: JobPage, labels: LabelFilter, condition: ConditionDep
+    request: Request,
+    caller: CallerDep,
+    session: ReadSessionDep,
+    resources: ResourcesDep,
+    query: JobPage,
+    labels: LabelFilter,
 ) -> Response:
     """List the project's jobs, newest first."""
     tag = make_tag(polling.FORMS, service.list_key(session, caller, query=query, labels=labels))
-    if condition.met_by(tag):
+    if Condition.of(request).met_by(tag):
         return not_modified(tag)
-    page = service.list_jobs(session, caller, query=query, labels=labels)
-    places = service.places(session, caller, page.rows)
-    shown = ListObject.of(page, lambda job: FineTuningJob.of(job, place=places.get(job.seq)))
-    return tagged(shown.model_dump_json().encode(), tag)
+    kept_as = f"{caller.project_id} {query} {labels}"
+    body = resources.jobs.bodies.get(kept_as, tag)
+    if body is None:
+        page = service.list_jobs(session, caller, query=query, labels=labels)
+        places = service.places(session, caller, page.rows)
+        shown = ListObject.of(page, lambda job: FineTuningJob.of(job, place=places.get(job.seq)))
+        body = shown.model_dump_json().encode()
+        resources.jobs.bodies.put(kept_as, tag, body)
+    return tagged(body, tag)
 
 
-@router.get("/states", response_model=JobStates, responses=NOT_MODIFIED)
+@router.get("/states", response_model=JobStates, responses=NOT_MODIFIED, openapi_extra=IF_NONE_MATCH)
 async def get_states(
-    request: Request, caller: CallerDep, resources: ResourcesDep, condition: ConditionDep, ids: Ids, wait: Wait = 0
+    request: Request, caller: CallerDep, resources: ResourcesDep, ids: Ids, wait: Wait = 0
 ) -> Response:
     """The states of many jobs: all that changes while they are worked on."""
-    answer = polling.answer_states(resources, caller, ids, condition=condition, wait=wait)
+    answer = polling.answer_states(resources, caller, ids, condition=Condition.of(request), wait=wait)
     return await (unless_disconnected(request, answer) if wait else answer)
 
 
@@ -106,17 +116,12 @@ def compare_jobs(caller: CallerDep, session: ReadSessionDep, ids: Ids) -> JobCom
     return comparing.compare(session, caller, polling.parse_ids(ids, at_most=comparing.MAX_COMPARED))
 
 
-@router.get("/{job_id}", response_model=FineTuningJob, responses=NOT_MODIFIED)
-async def get_job(
-    request: Request,
-    job_id: str,
-    caller: CallerDep,
-    resources: ResourcesDep,
-    condition: ConditionDep,
-    wait: Wait = 0,
-) -> Response:
+@router.get("/{job_id}", response_model=FineTuningJob, responses=NOT_MODIFIED, openapi_extra=IF_NONE_MATCH)
+async def get_job(request: Request, job_id: str, caller: CallerDep, wait: Wait = 0) -> Response:
     """Describe one job."""
-    answer = polling.answer_job(resources, caller, job_id, condition=condition, wait=wait)
+    # Polled more than all else, so that each further dependency would show.
+    resources = await get_resources(request)
+    answer = polling.answer_job(resources, caller, job_id, condition=Condition.of(request), wait=wait)
     return await (unless_disconnected(request, answer) if wait else answer)
 
 
@@ -168,6 +173,7 @@ def clone_job(
     "/{job_id}/events",
     response_model=ListObject[FineTuningJobEvent],
     responses={**NOT_MODIFIED, 200: {"content": {MEDIA_TYPE: {}}}, 204: {"description": "No event will follow."}},
+    openapi_extra=IF_NONE_MATCH,
 )
 async def list_events(
     request: Request,
@@ -175,30 +181,29 @@ async def list_events(
     caller: CallerDep,
     resources: ResourcesDep,
     query: JobPage,
-    condition: ConditionDep,
     wait: Wait = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """List what happened to a job, newest first; with ``Accept: text/event-stream``, as it happens, oldest first."""
     if MEDIA_TYPE in request.headers.get("accept", ""):
-        check_key = partial(
-            current_caller,
-            resources,
-            request.headers.get("authorization"),
-            request.headers.get("openai-project"),
-        )
+        check_key = partial(current_caller, request)
         return await Follower(resources, caller, job_id, check_key).answer(after=last_event_id or query.after)
-    answer = polling.answer_events(resources, caller, job_id, query=query, condition=condition, wait=wait)
+    answer = polling.answer_events(resources, caller, job_id, query=query, condition=Condition.of(request), wait=wait)
     return await (unless_disconnected(request, answer) if wait else answer)
 
 
-@router.get("/{job_id}/checkpoints", response_model=ListObject[FineTuningJobCheckpoint], responses=NOT_MODIFIED)
+@router.get(
+    "/{job_id}/checkpoints",
+    response_model=ListObject[FineTuningJobCheckpoint],
+    responses=NOT_MODIFIED,
+    openapi_extra=IF_NONE_MATCH,
+)
 def list_checkpoints(
-    job_id: str, caller: CallerDep, session: ReadSessionDep, query: CheckpointPage, condition: ConditionDep
+    request: Request, job_id: str, caller: CallerDep, session: ReadSessionDep, query: CheckpointPage
 ) -> Response:
     """List a job's checkpoints, newest first."""
     tag = make_tag(polling.FORMS, service.checkpoints_key(session, caller, job_id=job_id, query=query))
-    if condition.met_by(tag):
+    if Condition.of(request).met_by(tag):
         return not_modified(tag)
     page = service.list_checkpoints(session, caller, job_id=job_id, query=query)
     return tagged(ListObject.of(page, FineTuningJobCheckpoint.of).model_dump_json().encode(), tag)

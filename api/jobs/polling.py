@@ -73,12 +73,17 @@ async def answer_events(
         found = await _change(resources, look, events_tag, since=found, condition=condition, wait=wait)
     if condition.met_by(tag := events_tag(found)):
         return not_modified(tag)
+    kept_as = f"{job_id} {query}"
+    if not wait and (body := resources.jobs.bodies.get(kept_as, tag)):
+        return tagged(body, tag)
     read = partial(read_events, resources, caller, job_id, query)
     page = await run_in_threadpool(read)
     if wait and not page.data and query.order is Order.ASC:
         found = await _change(resources, look, events_tag, since=found, condition=Condition(None), wait=wait)
         tag, page = events_tag(found), await run_in_threadpool(read)
-    return tagged(page.model_dump_json().encode(), tag)
+    body = page.model_dump_json().encode()
+    resources.jobs.bodies.put(kept_as, tag, body)
+    return tagged(body, tag)
 
 
 async def answer_states(

@@ -59,24 +59,26 @@ class JobRepository(Repository[Job]):
 
     def checkpoints_key(self, job: Job, query: PageQuery) -> object:
         """What changes whenever something is to be seen on a page of the job's checkpoints."""
-        return page_key(self.session, self._of(Checkpoint, job), Checkpoint.seq, model=Checkpoint, query=query)
+        return page_key(self.session, self._of(Checkpoint, job.id), Checkpoint.seq, model=Checkpoint, query=query)
 
     def final_checkpoints(self, jobs: Collection[Job]) -> dict[str, Checkpoint]:
         """The last checkpoint of each job that has one."""
         of_jobs = select(Checkpoint).where(Checkpoint.job_id.in_([job.id for job in jobs]))
         return {found.job_id: found for found in self.session.scalars(of_jobs.order_by(Checkpoint.step_number))}
 
-    def events(self, job: Job, query: PageQuery) -> Page[JobEvent]:
-        """A page of the job's events."""
-        return paginate(self.session, self._of(JobEvent, job), model=JobEvent, query=query)
+    def events(self, job_id: str, query: PageQuery) -> Page[JobEvent]:
+        """A page of the job's events; none of a job that is not there."""
+        return paginate(self.session, self._of(JobEvent, job_id), model=JobEvent, query=query)
 
     def checkpoints(self, job: Job, query: PageQuery) -> Page[Checkpoint]:
         """A page of the job's checkpoints."""
-        return paginate(self.session, self._of(Checkpoint, job), model=Checkpoint, query=query)
+        return paginate(self.session, self._of(Checkpoint, job.id), model=Checkpoint, query=query)
 
     def checkpoint(self, job: Job, checkpoint_id: str) -> Checkpoint:
         """One of the job's checkpoints; raises ``CheckpointNotFound``."""
-        found: Checkpoint | None = self.session.scalar(self._of(Checkpoint, job).where(Checkpoint.id == checkpoint_id))
+        found: Checkpoint | None = self.session.scalar(
+            self._of(Checkpoint, job.id).where(Checkpoint.id == checkpoint_id)
+        )
         if found is None:
             raise CheckpointNotFound(f"The job {job.id} has no checkpoint {checkpoint_id!r}.")
         return found
@@ -101,11 +103,11 @@ class JobRepository(Repository[Job]):
         """Criterion: the job has no metadata at all."""
         return Job.labels.is_(None)
 
-    def _of(self, model: type[Any], job: Job) -> Select[Any]:
+    def _of(self, model: type[Any], job_id: str) -> Select[Any]:
         return (
             select(model)
             .join(Job, Job.id == model.job_id)
-            .where(Job.project_id == self.project_id, model.job_id == job.id)
+            .where(Job.project_id == self.project_id, model.job_id == job_id)
         )
 
 

@@ -178,9 +178,8 @@ def places(session: Session, caller: Caller, jobs: Iterable[Job]) -> dict[int, i
 
 
 def list_events(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[JobEvent]:
-    """A page of a job's events; raises ``JobNotFound``."""
-    jobs = JobRepository(session, caller.project_id)
-    return jobs.events(jobs.get(job_id), query)
+    """A page of a job's events; none of a job that is not there."""
+    return JobRepository(session, caller.project_id).events(job_id, query)
 
 
 def list_checkpoints(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[Checkpoint]:

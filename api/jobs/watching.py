@@ -4,6 +4,7 @@ hold neither a connection nor a thread."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ Versions = dict[tuple[str, str], JobVersion]
 TICK_SECONDS = 0.25
 #: Ids of one statement at most.
 MAX_BATCH = 1000
-#: Bodies of jobs that are kept to be sent again.
+#: Answers that are kept to be given again.
 MAX_BODY_BYTES = 16 * 2**20
 
 
@@ -120,28 +121,31 @@ def _can_be_an_id(job_id: str) -> bool:
 
 
 class Bodies:
-    """The newest answer about each job that was asked for lately, by its tag."""
+    """The newest of those answers that were given lately, each by the name of what it shows and with its tag."""
 
     def __init__(self, max_bytes: int = MAX_BODY_BYTES) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
 
-    def get(self, job_id: str, tag: str) -> bytes | None:
+    def get(self, name: str, tag: str) -> bytes | None:
         """The body, if it is the one of this tag."""
-        found = self._kept.get(job_id)
-        if found is None or found[0] != tag:
-            return None
-        self._kept.move_to_end(job_id)
-        return found[1]
+        with self._lock:
+            found = self._kept.get(name)
+            if found is None or found[0] != tag:
+                return None
+            self._kept.move_to_end(name)
+            return found[1]
 
-    def put(self, job_id: str, tag: str, body: bytes) -> None:
+    def put(self, name: str, tag: str, body: bytes) -> None:
         """Keep the body instead of an earlier one."""
-        self._drop(self._kept.pop(job_id, None))
-        self._kept[job_id] = (tag, body)
-        self._bytes += len(body)
-        while self._bytes > self._max_bytes:
-            self._drop(self._kept.popitem(last=False)[1])
+        with self._lock:
+            self._drop(self._kept.pop(name, None))
+            self._kept[name] = (tag, body)
+            self._bytes += len(body)
+            while self._bytes > self._max_bytes:
+                self._drop(self._kept.popitem(last=False)[1])
 
     def _drop(self, kept: tuple[str, bytes] | None) -> None:
         self._bytes -= len(kept[1]) if kept else 0
