@@ -79,12 +79,14 @@ def in_background(call: Callable[[], httpx.Response]) -> Iterator[Future[httpx.R
 class TestVersions:
     """Every write raises the version, whoever writes it."""
 
-    @pytest.mark.parametrize("column", [c.name for c in Job.__table__.columns if c.name not in ("version", "seq")])
-    def test_every_column(self, service: Service, job_id: str, column: str) -> None:
+    def test_every_column(self, service: Service, job_id: str) -> None:
+        columns = {column.name for column in Job.__table__.columns} - {"version", "seq"}
+        assert len(columns) > 30
         with service.sessions.begin() as session:
             before = session.query(Job.version).filter_by(id=job_id).scalar()
-            session.execute(update(Job).where(Job.id == job_id).values({column: getattr(Job, _attribute(column))}))
-            assert session.query(Job.version).filter_by(id=job_id).scalar() == before + 1
+            for count, column in enumerate(sorted(columns), start=1):
+                session.execute(update(Job).where(Job.id == job_id).values({column: getattr(Job, column)}))
+                assert session.query(Job.version).filter_by(id=job_id).scalar() == before + count, column
 
     def test_a_row_that_is_changed_as_an_object(self, service: Service, job_id: str) -> None:
         with service.sessions.begin() as session:
@@ -114,10 +116,6 @@ class TestVersions:
         assert not found
         sets_it = [str(path) for path in sources if "version=Job.version" in path.read_text()]
         assert sets_it == [str(ROOT / "worker" / "lease.py")]  # a renewal, which shows nobody anything
-
-
-def _attribute(column: str) -> str:
-    return "labels" if column == "metadata" else column
 
 
 def _suspect_calls(source: str) -> Iterator[str]:
