@@ -7,6 +7,8 @@ ApiError 500 internal_error
   │     ├── JobNotCancellable       the job has ended
   │     ├── JobNotPausable          it has ended, or is being cancelled
   │     ├── JobNotResumable         it is not paused, and has not failed with a state to go on from
+  │     ├── JobNotDeletable         the job has not ended
+  │     ├── JobNotRetryable         it has neither failed nor been cancelled
   │     └── NotPromotable           the job has no model, or no checkpoint that would be the best
   ├── NotAuthenticated 401
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
@@ -111,6 +113,20 @@ class JobNotResumable(InvalidRequest):
     """The job is not paused, and has not failed with a state to go on from."""
 
     code = "job_not_resumable"
+    should_retry = False
+
+
+class JobNotDeletable(InvalidRequest):
+    """The job has not ended."""
+
+    code = "job_not_deletable"
+    should_retry = False
+
+
+class JobNotRetryable(InvalidRequest):
+    """The job has neither failed nor been cancelled."""
+
+    code = "job_not_retryable"
     should_retry = False
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Any
+
+from fastapi import FastAPI
 
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
@@ -17,10 +19,10 @@ from api.sweeps.endpoints import router as sweeps
 PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 
 
-def make_router() -> APIRouter:
-    """Mount every domain."""
-    router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
-    router.include_router(health)
-    for domain in (files, jobs, sweeps, models, completions, classifications):
-        router.include_router(domain, prefix="/v1")
-    return router
+def include_routers(app: FastAPI) -> None:
+    """Mount every domain on the app itself, the polled one first: FastAPI looks through all routes before, once for
+    each router around them."""
+    responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    for domain in (jobs, files, sweeps, models, completions, classifications):
+        app.include_router(domain, prefix="/v1", responses=responses)
+    app.include_router(health, responses=responses)

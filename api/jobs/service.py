@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,21 @@ from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import new_id, now
-from api.errors import InvalidRequest, ModelNotFound, NotPromotable, UnsupportedParameter
+from api.errors import (
+    InvalidRequest,
+    JobNotDeletable,
+    JobNotRetryable,
+    ModelNotFound,
+    NotPromotable,
+    UnsupportedParameter,
+)
 from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
 from api.jobs import moving
-from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
-from api.jobs.repository import JobRepository, add_event
+from api.jobs.models import ENDED, Checkpoint, Job, JobEvent, JobStatus
+from api.jobs.repository import JobRepository, JobVersion, add_event
+from api.jobs.requests import changed_request
 from api.jobs.schemas import MAX_SEED, JobCreate
 from api.models.models import Adapter
 from api.models.repository import AdapterRepository
@@ -44,9 +52,29 @@ class Start:
 
 
 def create(
-    work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str], sweep_id: str | None = None
+    work: UnitOfWork,
+    caller: Caller,
+    *,
+    body: JobCreate,
+    base_models: Collection[str],
+    sweep_id: str | None = None,
+    origin: Job | None = None,
 ) -> Job:
-    """Insert the job, for a sweep if one is named, and ring for its validation.
+    """Insert the job, for a sweep or as one that was made of another if these are named, and ring for its validation.
+
+    Raises: as `plan`.
+    """
+    job = plan(work.session, caller, body=body, base_models=base_models)
+    job.sweep_id = sweep_id
+    job.origin_job = origin.id if origin else None
+    JobRepository(work.session, caller.project_id).add(job)
+    add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
+    work.ring(TaskName.VALIDATE, job.id)
+    return job
+
+
+def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
+    """The job that a request makes, which is not in the session; its files are locked against deletion.
 
     Raises:
         ModelNotFound: neither a base model nor one of the project's.
@@ -55,23 +83,74 @@ def create(
     """
     _refuse_unsupported(body)
     _check_validation_needs(body)
-    start = _find_start(work.session, caller, body=body, base_models=base_models)
-    files = FileRepository(work.session, caller.project_id)
+    start = _find_start(session, caller, body=body, base_models=base_models)
+    files = FileRepository(session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             _check_file(files.lock(file_id, shared=True, param=param), param=param)
-    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start, sweep_id=sweep_id))
-    add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
-    work.ring(TaskName.VALIDATE, job.id)
-    return job
+    return _new_job(caller, body, start)
+
+
+def retry(work: UnitOfWork, caller: Caller, job_id: str, *, base_models: Collection[str]) -> Job:
+    """Make the job of a failed or cancelled one's request again, seed included; what became of the first one stays.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotRetryable: it has not ended so.
+        ApiError: as `plan`.
+    """
+    job = get(work.session, caller, job_id)
+    if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+        raise JobNotRetryable(
+            f"The job {job.id} is {job.status}; only a failed or cancelled one can be retried. POST .../clone makes "
+            "a job of the same request at any time."
+        )
+    return create(work, caller, body=changed_request(job, {}), base_models=base_models, origin=job)
+
+
+def clone(
+    work: UnitOfWork, caller: Caller, job_id: str, *, changes: Mapping[str, Any], base_models: Collection[str]
+) -> Job:
+    """Make a job of another one's request with ``changes``, a JSON merge patch.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        RequestValidationError: with the changes it is no request of a job.
+        ApiError: as `plan`.
+    """
+    job = get(work.session, caller, job_id)
+    return create(work, caller, body=changed_request(job, changes), base_models=base_models, origin=job)
+
+
+def delete(session: Session, caller: Caller, job_id: str, *, models: bool) -> None:
+    """Delete a job that has ended, with its events, its state, and its checkpoints under whose names no model answers
+    any more. Its model stays, unless ``models``; so do its files.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotDeletable: it has not ended.
+    """
+    jobs = JobRepository(session, caller.project_id)
+    job = jobs.lock(job_id)
+    if job.status not in ENDED:
+        raise JobNotDeletable(f"The job {job.id} is {job.status}; cancel it first, or wait for its end.")
+    adapters = AdapterRepository(session, caller.project_id)
+    of_job = adapters.list_of_job(job.id)
+    adapters.delete([adapter for adapter in of_job if models or adapter.checkpoint_step is not None])
+    session.flush()
+    jobs.delete(job)
 
 
 def list_jobs(session: Session, caller: Caller, *, query: PageQuery, labels: dict[str, str] | None) -> Page[Job]:
     """A page of the project's jobs that have all of ``labels``; None asks for those without any."""
     jobs = JobRepository(session, caller.project_id)
-    if labels is None:
-        return jobs.page(query, jobs.has_no_labels())
-    return jobs.page(query, *(jobs.has_label(key, value) for key, value in labels.items()))
+    return jobs.page(query, *jobs.has_labels(labels))
+
+
+def list_key(session: Session, caller: Caller, *, query: PageQuery, labels: dict[str, str] | None) -> object:
+    """What changes whenever something is to be seen on the page that `list_jobs` gives."""
+    jobs = JobRepository(session, caller.project_id)
+    return jobs.list_key(query, *jobs.has_labels(labels))
 
 
 def get(session: Session, caller: Caller, job_id: str) -> Job:
@@ -79,16 +158,40 @@ def get(session: Session, caller: Caller, job_id: str) -> Job:
     return JobRepository(session, caller.project_id).get(job_id)
 
 
-def list_events(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[JobEvent]:
-    """A page of a job's events; raises ``JobNotFound``."""
+def get_with_version(session: Session, caller: Caller, job_id: str) -> tuple[Job, JobVersion]:
+    """One job, and what tells its watchers whether it changed; raises ``JobNotFound``."""
     jobs = JobRepository(session, caller.project_id)
-    return jobs.events(jobs.get(job_id), query)
+    job = jobs.get(job_id)
+    return job, JobVersion(
+        job.project_id, job.id, job.seq, job.status, job.version, job.event_count, jobs.places([job]).get(job.seq)
+    )
+
+
+def find_states(session: Session, caller: Caller, job_ids: Collection[str]) -> dict[str, Job]:
+    """Those of the jobs that there are, by id, without what does not change while they are worked on."""
+    return JobRepository(session, caller.project_id).find_states(job_ids)
+
+
+def places(session: Session, caller: Caller, jobs: Iterable[Job]) -> dict[int, int]:
+    """Places in the queue of those jobs that wait in it, by ``seq``."""
+    return JobRepository(session, caller.project_id).places(jobs)
+
+
+def list_events(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[JobEvent]:
+    """A page of a job's events; none of a job that is not there."""
+    return JobRepository(session, caller.project_id).events(job_id, query)
 
 
 def list_checkpoints(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[Checkpoint]:
     """A page of a job's checkpoints; raises ``JobNotFound``."""
     jobs = JobRepository(session, caller.project_id)
     return jobs.checkpoints(jobs.get(job_id), query)
+
+
+def checkpoints_key(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> object:
+    """What changes whenever something is to be seen on the page that `list_checkpoints` gives."""
+    jobs = JobRepository(session, caller.project_id)
+    return jobs.checkpoints_key(jobs.get(job_id), query)
 
 
 def cancel(session: Session, caller: Caller, job_id: str) -> Job:
@@ -136,7 +239,7 @@ def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str
         NotPromotable: the job has no model, or none of its checkpoints has a validation loss.
     """
     jobs = JobRepository(session, caller.project_id)
-    job = jobs.get(job_id)
+    job = jobs.lock(job_id)  # before its adapter, as whoever deletes the job
     checkpoint = jobs.best_checkpoint(job) if checkpoint_id == BEST else jobs.checkpoint(job, checkpoint_id)
     if checkpoint is None:
         raise NotPromotable(
@@ -221,7 +324,7 @@ def _check_file(file: File, *, param: str) -> None:
         )
 
 
-def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | None) -> Job:
+def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
@@ -240,7 +343,6 @@ def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | N
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
         options=body.training.model_dump(mode="json"),
-        sweep_id=sweep_id,
         created_at=now(),
     )
 

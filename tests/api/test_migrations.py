@@ -127,9 +127,9 @@ def test_every_foreign_key_has_an_index_and_every_list_an_order(empty_url: str) 
     engine = make_engine(empty_url)
     inspector = inspect(engine)
     for table in Base.metadata.tables:
-        indexed = {tuple(index["column_names"]) for index in inspector.get_indexes(table)}
+        indexed = {index["column_names"][0] for index in inspector.get_indexes(table)}
         for key in inspector.get_foreign_keys(table):
-            assert tuple(key["constrained_columns"]) in indexed, table
+            assert key["constrained_columns"][0] in indexed, table
         assert inspector.get_pk_constraint(table)["constrained_columns"] == ["seq"]
     engine.dispose()
 

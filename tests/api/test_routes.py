@@ -18,6 +18,7 @@ from api.router import PUBLIC_ROUTES
 from api.settings import Settings
 from tests.api.rows import add_adapter, add_file, add_job
 from tests.api.support import Service
+from uora.spec import UoraSpec
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ def test_a_public_route_exists() -> None:
     assert {route.path for route in ROUTES} >= PUBLIC_ROUTES
 
 
+#: Routes that do nothing to a job that is worked on.
+OF_ENDED_JOBS = {
+    "DELETE /v1/fine_tuning/jobs/{job_id}",
+    "POST /v1/fine_tuning/jobs/{job_id}/retry",
+    "POST /v1/fine_tuning/jobs/{job_id}/clone",
+}
+
+
 @pytest.fixture
 def ids(service: Service) -> dict[str, str]:
     """Something of the first project for each parameter of a path."""
@@ -83,17 +92,26 @@ def ids(service: Service) -> dict[str, str]:
         job.fine_tuned_model = model.id
         add_adapter(session, service.tenant, job, step=5)
         checkpoint = session.query(Checkpoint).filter_by(job_id=job.id).one()
+        failed = add_job(
+            session,
+            service.tenant,
+            status=JobStatus.FAILED,
+            training_file=add_file(session, service.tenant).id,
+            adapter=UoraSpec(r=8).model_dump(mode="json"),
+        )
         return {
             "{file_id}": file.id,
             "{job_id}": job.id,
             "{sweep_id}": str(job.sweep_id),
             "{model:path}": model.id,
             "{checkpoint_id}": checkpoint.id,
+            **dict.fromkeys(OF_ENDED_JOBS, failed.id),
         }
 
 
 @pytest.mark.parametrize("route", ID_ROUTES, ids=str)
 def test_another_projects_key_finds_nothing(service: Service, ids: dict[str, str], route: Route) -> None:
+    ids["{job_id}"] = ids.get(f"{route.method} {route.path}", ids["{job_id}"])
     path = route.path
     for parameter, value in ids.items():
         path = path.replace(parameter, value)

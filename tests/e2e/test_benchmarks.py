@@ -82,3 +82,10 @@ def test_residency() -> None:
     assert result["resident_bytes"] == 300 * {"bfloat16": 61_440, "float32": 122_880}[result["dtype"]]
     times = ("load_seconds", "commit_to_resident_p50_ms", "commit_to_resident_p95_ms", "deletion_p95_ms", "poll_ms")
     assert all(result[name] > 0 for name in times)
+
+
+@pytest.mark.postgres
+def test_the_api_beside_a_constant_answer() -> None:
+    result = smoke("api")  # which fails if any answer is another than it should be
+    for name in ("poll_vs_constant", "poll304_vs_constant", "poll_p99_ms_under_load", "growth_100_to_10000"):
+        assert result[name] > 0
