@@ -11,7 +11,9 @@ from api.handlers import ErrorBody
 from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
+from api.permissions.endpoints import router as permissions
 from api.sweeps.endpoints import router as sweeps
+from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
 PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
@@ -21,6 +23,6 @@ def make_router() -> APIRouter:
     """Mount every domain."""
     router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     router.include_router(health)
-    for domain in (files, jobs, sweeps, models, completions, classifications):
+    for domain in (files, jobs, sweeps, permissions, models, completions, classifications, webhooks):
         router.include_router(domain, prefix="/v1")
     return router

@@ -91,10 +91,14 @@ class Settings(DatabaseSettings):
     training_processes: int = Field(default=1, ge=1)
 
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    #: An adapter that is imported, as a file and as it is stored; 1 GB is the most that a database takes.
+    max_adapter_bytes: int = Field(default=256 * 1024 * 1024, ge=1, le=900_000_000)
     #: Every other request body.
     max_json_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     #: An adapter that comes with a completion request; in base64 it takes a third more of ``max_json_bytes``.
     max_inline_adapter_bytes: int = Field(default=2 * 1024 * 1024, ge=0)
+    #: Whether webhooks may be sent to private, loopback and link-local addresses, and over http.
+    webhook_allow_private: bool = False
     #: A trainer's claim on a job, renewed every ``heartbeat_interval``; when it runs out, the job is free.
     lease_ttl: timedelta = timedelta(seconds=30)
     heartbeat_interval: timedelta = timedelta(seconds=2)

@@ -185,6 +185,7 @@ def make_adapter(
         project_id=job.project_id,
         job_id=job.id,
         base_model=job.base_model,
+        parent=job.warm_start,
         checkpoint_step=checkpoint_step,
         digest=verified.manifest.digest,
         manifest=verified.manifest.model_dump(mode="json"),

@@ -63,9 +63,9 @@ def get_job(job_id: str, caller: CallerDep, session: ReadSessionDep) -> FineTuni
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: CallerDep, session: SessionDep) -> FineTuningJob:
+def cancel_job(job_id: str, caller: CallerDep, work: WorkDep) -> FineTuningJob:
     """Cancel an unfinished job."""
-    return FineTuningJob.of(service.cancel(session, caller, job_id))
+    return FineTuningJob.of(service.cancel(work, caller, job_id))
 
 
 @router.post("/{job_id}/pause")

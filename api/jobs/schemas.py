@@ -35,6 +35,7 @@ from uora.spec import (
 
 MAX_SEED = 2**31 - 1
 MAX_SUFFIX = 64
+Suffix = Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
@@ -114,9 +115,7 @@ class JobCreate(_Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
-    suffix: str | None = Field(
-        default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    suffix: Suffix | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: MethodRequest | None = None

@@ -24,6 +24,7 @@ from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork
+from api.webhooks import service as webhooks
 from uora.spec import HyperparameterRequest, parse_adapter
 
 #: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
@@ -91,15 +92,18 @@ def list_checkpoints(session: Session, caller: Caller, *, job_id: str, query: Pa
     return jobs.checkpoints(jobs.get(job_id), query)
 
 
-def cancel(session: Session, caller: Caller, job_id: str) -> Job:
+def cancel(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
     """End the job where nothing runs yet, else ask its trainer to stop.
 
     Raises:
         JobNotFound: there is none in the project.
         JobNotCancellable: it has ended.
     """
+    session = work.session
     job = JobRepository(session, caller.project_id).get(job_id)
-    return moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    job = moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    webhooks.ring(work, job.id)
+    return job
 
 
 def pause(session: Session, caller: Caller, job_id: str) -> Job:

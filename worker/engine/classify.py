@@ -42,6 +42,28 @@ async def classify(served: Served, body: ClassifyRequest) -> ClassifyAnswer:
     return _answer(served, manifest, predictions, rows)
 
 
+def check_classifier(served: Served, manifest: Manifest) -> None:
+    """Make sure that an adapter that is about to be stored could answer here.
+
+    Raises:
+        EngineError: this engine has no classes for its task.
+        UoraError: it does not belong to the base model.
+    """
+    _check(_half(served), manifest, model="in the file", param="file")
+
+
+def _check(half: ClassifierHalf, manifest: Manifest, *, model: str, param: str) -> None:
+    if manifest.task not in half.tasks or not manifest.head:
+        raise EngineError(
+            400,
+            "model_not_supported",
+            f"Model {model} was trained for {manifest.task}; this engine classifies for "
+            f"{', '.join(sorted(half.tasks))}.",
+            param=param,
+        )
+    half.bank.check(manifest)
+
+
 def _half(served: Served) -> ClassifierHalf:
     try:
         return served.classifying.half
@@ -53,15 +75,7 @@ def _load(served: Served, half: ClassifierHalf, target: StoredAdapter) -> Artifa
     """The adapter, verified."""
     try:
         artifact = served.store.load(target.id, target.digest)
-        if artifact.manifest.task not in half.tasks or not artifact.manifest.head:
-            raise EngineError(
-                400,
-                "model_not_supported",
-                f"Model {target.id} was trained for {artifact.manifest.task}; this engine classifies for "
-                f"{', '.join(sorted(half.tasks))}.",
-                param="model",
-            )
-        half.bank.check(artifact.manifest)
+        _check(half, artifact.manifest, model=target.id, param="model")
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except ArtifactError as error:
