@@ -475,7 +475,6 @@ class TestSending:
         assert receiver.received[0].headers["host"] == f"receiver.test:{receiver.port}"
 
     def test_the_certificate_must_be_the_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ssl
 
         make_certificate(tmp_path, "receiver.test")
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
