@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -89,6 +89,12 @@ class Settings(DatabaseSettings):
     #: Processes that a trainer trains a job in, sharing each batch: one per GPU of its machine. With several, jobs are
     #: trained one by one.
     training_processes: int = Field(default=1, ge=1)
+
+    #: The operator's key for Weights & Biases, where jobs may ask to be followed; ``offline`` writes runs to
+    #: ``home/wandb``, from where ``wandb sync`` sends them.
+    wandb_api_key: SecretStr | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_base_url: str = "https://api.wandb.ai"
 
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
     #: An adapter that is imported, as a file and as it is stored; 1 GB is the most that a database takes.

@@ -11,6 +11,7 @@ from api.auth import CallerDep
 from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep
 from api.errors import InvalidRequest
 from api.jobs import service
+from api.jobs.integrations import check_offered
 from api.jobs.schemas import FineTuningJob, FineTuningJobCheckpoint, FineTuningJobEvent, JobCreate
 from api.pagination import ListObject, PageQuery
 
@@ -44,6 +45,7 @@ LabelFilter = Annotated[dict[str, str] | None, Depends(label_filter)]
 @router.post("")
 def create_job(body: JobCreate, caller: CallerDep, work: WorkDep, resources: ResourcesDep) -> FineTuningJob:
     """Start a fine-tuning job."""
+    check_offered(body.integrations, resources.settings)
     job = service.create(work, caller, body=body, base_models=resources.settings.base_models)
     return FineTuningJob.of(job)
 

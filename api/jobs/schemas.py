@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from api.jobs.integrations import Integrations
 from api.jobs.models import Checkpoint, Job, JobEvent
 from api.pagination import Shown
 from uora.spec import (
@@ -121,7 +122,7 @@ class JobCreate(_Request):
     method: MethodRequest | None = None
     #: Deprecated by OpenAI in favour of ``method``.
     hyperparameters: HyperparameterRequest | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Integrations | None = None
     #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
     peft: PeftRequest = Field(default_factory=UoraRequest)
     #: Ours too.
@@ -224,6 +225,7 @@ class FineTuningJob(Shown):
             seed=job.seed,
             result_files=job.result_files,
             metadata=job.labels,
+            integrations=job.integrations,
             error=None if job.error is None else JobError(**job.error),
             progress=job.progress,
             adapter={**job.adapter, "learning_rate": _learning_rate(job)},

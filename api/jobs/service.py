@@ -206,8 +206,6 @@ def _refuse_unsupported(body: JobCreate) -> None:
             raise UnsupportedParameter(
                 f"method.{name} does not go with the type 'supervised'; leave it out.", param=f"method.{name}"
             )
-    if body.integrations:
-        raise UnsupportedParameter("Integrations are not supported yet; leave them out.", param="integrations")
 
 
 def _check_file(file: File, *, param: str) -> None:
@@ -240,6 +238,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | N
         suffix=body.suffix,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         labels=body.metadata,
+        integrations=[each.model_dump(mode="json") for each in body.integrations or ()] or None,
         hyperparameters=_hyperparameters(body).model_dump(mode="json"),
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, ResourcesDep, WorkDep
+from api.jobs.integrations import check_offered
 from api.sweeps import service
 from api.sweeps.schemas import Sweep, SweepCreate
 
@@ -15,6 +16,7 @@ router = APIRouter(prefix="/fine_tuning/sweeps", tags=["fine-tuning"])
 @router.post("")
 def create_sweep(body: SweepCreate, caller: CallerDep, work: WorkDep, resources: ResourcesDep) -> Sweep:
     """Start a fine-tuning job for each combination of seeds and learning rates."""
+    check_offered(body.integrations, resources.settings)
     return service.create(work, caller, body=body, base_models=resources.settings.base_models)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from api.database import make_engine, make_sessions
 from api.main import create_app
 from api.models.models import Adapter
 from api.settings import Settings
-from tests.api.support import NO_TLS, RecordingQueue, Tenant, make_tenant, migrate, register_engine, serve
+from tests.api.support import NO_TLS, ROOT, RecordingQueue, Tenant, make_tenant, migrate, register_engine, serve
 from tests.tiny import make_tiny_llama
 from uora.artifact import Artifact, dumps, loads
 from uora.models import fetch, load_tokenizer
@@ -153,6 +154,22 @@ def test_a_download_is_imported_elsewhere(world: World, tmp_path: Path) -> None:
         content = world.client().get(f"/models/{name}/adapter?format={form}", cast_to=httpx.Response).content
         made = world.send(content, tenant=1, name="adapter")
         assert world.ask(made["id"], tenant=1) == expected
+
+
+def test_the_scripts_of_the_page(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share, load = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    expected = peft_folder(world, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    (tmp_path / "adapter.zip").write_bytes(zipped(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"client": world.client(), "base_model": "tiny"}
+    exec(load, names)  # noqa: S102 - the page's own script
+    name = capsys.readouterr().out.strip()
+    assert world.ask(name) == expected
+    guest = world.tenants[1].project_id
+    exec(share, names | {"model": name, "other_project": guest})  # noqa: S102 - the page's own script
+    assert guest in capsys.readouterr().out
 
 
 def stored(world: World, tmp_path: Path) -> Artifact:
