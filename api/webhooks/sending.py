@@ -26,6 +26,7 @@ CONNECT_SECONDS = 5.0
 SECRET_PREFIX = "whsec_"  # noqa: S105 # begins every secret
 _SECRET_BYTES = 32
 _MAX_URL_LENGTH = 2048
+_HEADERS = {"Content-Type": "application/json", "User-Agent": "uora-webhooks/1"}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -105,19 +106,16 @@ def check_url(url: str, *, allow_private: bool) -> None:
 async def send(message: Message, *, allow_private: bool, timeout: float = TIMEOUT_SECONDS) -> Sent:
     """One attempt. Whatever the receiver or the network does, it ends in time and raises nothing."""
     started = time.monotonic()
-    headers = sign(message, timestamp=int(time.time())) | {
-        "Content-Type": "application/json",
-        "User-Agent": "uora-webhooks/1",
-    }
     status_code = error = None
     try:
+        headers = sign(message, timestamp=int(time.time())) | _HEADERS
         async with asyncio.timeout(timeout):
             status_code = await _post(httpx.URL(message.url), message.body, headers, allow_private=allow_private)
     except TimeoutError:
         error = f"No answer within {timeout:g} s."
     except AddressRefused as refused:
         error = str(refused)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
+    except Exception as failure:  # what is not recorded would be tried for ever
         error = f"{type(failure).__name__}: {failure}"[:500]
     return Sent(status_code=status_code, error=error, milliseconds=round((time.monotonic() - started) * 1000))
 

@@ -9,17 +9,21 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from openai import InvalidWebhookSignatureError
+from sqlalchemy import event, text
+from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import now
 from api.jobs import service as jobs
 from api.jobs.models import ENDED, JobStatus
+from api.jobs.repository import move_job
 from api.queue import CeleryQueue, TaskName
 from api.unit_of_work import open_unit_of_work
 from api.webhooks import service as webhooks
@@ -359,6 +363,37 @@ class TestDelivery:
             webhooks.record(session, claimed, Sent(200, None, 5))
         assert (outbox(any_service), attempts(any_service)) == ([], [])
 
+    def test_a_deletion_does_not_undo_the_end_of_a_job(self, any_service: Service) -> None:
+        """It comes between the look for endpoints and the delivery's insertion."""
+        if any_service.engine.dialect.name == "sqlite":
+            pytest.skip("on SQLite the transaction that ends the job keeps every other writer out")
+        endpoint = add_endpoint(any_service, "http://127.0.0.1:9/")
+        job_id = any_service.add_job()
+
+        def delete_endpoint() -> None:
+            with any_service.sessions.begin() as session:
+                webhooks.delete(session, caller_of(any_service), endpoint.id)
+
+        deletion = threading.Thread(target=delete_endpoint)
+
+        def waits() -> bool:
+            waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :part")
+            with any_service.engine.connect() as connection:
+                return bool(connection.scalar(waiting, {"part": "%webhook_endpoints%"}))
+
+        with any_service.sessions.begin() as session:
+
+            @event.listens_for(session, "before_flush")
+            def _delete(flushed: Session, *_: object) -> None:
+                if any(isinstance(row, WebhookDelivery) for row in flushed.new) and not deletion.ident:
+                    deletion.start()
+                    wait_until(lambda: waits() or not deletion.is_alive(), what="the deletion waits, or is done")
+
+            assert move_job(session, job_id, source=JobStatus.QUEUED, target=JobStatus.CANCELLED)
+        deletion.join()
+        assert any_service.job(job_id).status == JobStatus.CANCELLED
+        assert outbox(any_service) == []
+
     def test_old_deliveries_are_forgotten(self, service: Service, receiver: Receiver) -> None:
         add_endpoint(service, receiver.url)
         for _ in range(3):
@@ -457,7 +492,10 @@ class TestSending:
         sent = self.send("http://127.0.0.1:9/")
         assert sent.status_code is None
         assert str(sent.error).startswith("ConnectError")
-        assert self.send("http://no-such-host.invalid/").status_code is None
+        for host in ("no-such-host.invalid", "a" * 70 + ".invalid", "a..b", "127.0.0.1:0"):
+            sent = self.send(f"http://{host}/")
+            assert sent.status_code is None
+            assert sent.error
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0", "[::ffff:127.0.0.1]"])
     def test_what_is_not_public_gets_nothing(self, receiver: Receiver, host: str) -> None:
