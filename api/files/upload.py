@@ -46,6 +46,16 @@ async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[
 UploadDep = Annotated[Upload, Depends(receive_upload)]
 
 
+def multipart_body(*, required: str, **fields: dict[str, Any]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that takes a file, ``required`` and perhaps other ``fields`` in a multipart body."""
+    schema = {
+        "type": "object",
+        "required": ["file", required],
+        "properties": {"file": {"type": "string", "format": "binary"}, **fields},
+    }
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 @asynccontextmanager
 async def receive_file(request: Request, *, fields: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
     """A multipart body and its one file; ``fields`` names what else is expected.

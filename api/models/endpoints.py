@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep
+from api.files.upload import multipart_body
 from api.models import importing, service
 from api.models.downloads import AdapterFormat
 from api.models.schemas import Model, ModelDeleted
@@ -21,25 +22,12 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": _BINARY, "application/zip": _BINARY}}
 }
-_IMPORT_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "base_model"],
-                    "properties": {
-                        "file": _BINARY["schema"],
-                        "base_model": {"type": "string"},
-                        "suffix": {"type": "string"},
-                        "task": {"type": "string", "enum": ["chat", "completion"]},
-                    },
-                }
-            }
-        },
-    }
-}
+_IMPORT_BODY = multipart_body(
+    required="base_model",
+    base_model={"type": "string"},
+    suffix={"type": "string"},
+    task={"type": "string", "enum": ["chat", "completion"]},
+)
 
 
 @router.get("")

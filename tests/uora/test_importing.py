@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
@@ -14,13 +15,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tests.uora.task_cases import Recorder
+from tests.uora.training.conftest import make_dataset
 from uora import targets
 from uora.artifact import Artifact, loads
 from uora.errors import ArtifactError, FormatError, NonFiniteError, ShapeError
 from uora.importing import PeftFolder, import_peft
 from uora.methods import load_artifact
 from uora.models import LocalModel, load_model, load_skeleton
+from uora.spec import Hyperparameters, TrainingSpec
 from uora.svd import BaseWeights
+from uora.training import train
 
 IDS = torch.randint(3, 30, (3, 7), generator=torch.Generator().manual_seed(0))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -100,6 +105,30 @@ def test_a_completion_model_has_no_template(tiny_base: LocalModel, tmp_path: Pat
     trained(tiny_base, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
     manifest = imported(read(tmp_path), tiny_base, task="completion").manifest
     assert (manifest.task, manifest.chat_template_sha256) == ("completion", None)
+
+
+def test_a_job_can_start_from_it(tiny_base: LocalModel, tmp_path: Path) -> None:
+    """After a step that changes nothing it is what it was."""
+    trained(tiny_base, LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "v_proj"]), tmp_path)
+    item = imported(read(tmp_path), tiny_base)
+    spec = TrainingSpec(
+        adapter=item.manifest.adapter,
+        hyperparameters=Hyperparameters(n_epochs=1, batch_size=4, learning_rate_multiplier=1.0),
+        learning_rate=1e-12,
+        seed=0,
+    )
+    done = train(
+        spec,
+        base=tiny_base,
+        training=make_dataset(4),
+        validation=None,
+        observer=Recorder(),
+        cache_dir=None,
+        dtype=torch.float32,
+        warm_start=item,
+    )
+    for name, tensor in loads(done.artifact).tensors.items():
+        np.testing.assert_allclose(tensor, item.tensors[name], atol=1e-6)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
