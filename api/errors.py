@@ -9,6 +9,7 @@ ApiError 500 internal_error
   │     ├── JobNotResumable         it is not paused, and has not failed with a state to go on from
   │     ├── JobNotDeletable         the job has not ended
   │     ├── JobNotRetryable         it has neither failed nor been cancelled
+  │     ├── WebhookUnreachable      no answer to a sample event
   │     └── NotPromotable           the job has no model, or no checkpoint that would be the best
   ├── NotAuthenticated 401
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
@@ -18,6 +19,8 @@ ApiError 500 internal_error
   │     ├── JobNotFound
   │     ├── CheckpointNotFound
   │     ├── SweepNotFound
+  │     ├── WebhookEndpointNotFound
+  │     ├── PermissionNotFound
   │     └── ModelNotFound
   ├── Conflict 409
   │     └── FileInUse               an unfinished job needs the file
@@ -136,6 +139,13 @@ class NotPromotable(InvalidRequest):
     code = "checkpoint_not_promotable"
 
 
+class WebhookUnreachable(InvalidRequest):
+    """Nothing answered under a webhook endpoint's URL."""
+
+    code = "webhook_unreachable"
+    should_retry = False
+
+
 class NotAuthenticated(ApiError):
     """No key, an unknown one or a revoked one."""
 
@@ -182,6 +192,18 @@ class SweepNotFound(NotFound):
     """No such sweep in the caller's project."""
 
     code = "sweep_not_found"
+
+
+class WebhookEndpointNotFound(NotFound):
+    """No such webhook endpoint in the caller's project."""
+
+    code = "webhook_endpoint_not_found"
+
+
+class PermissionNotFound(NotFound):
+    """No such permission of a model of the caller's project."""
+
+    code = "permission_not_found"
 
 
 class CheckpointNotFound(NotFound):

@@ -53,7 +53,12 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
     )
     include_routers(app)
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_json_bytes=settings.max_json_bytes, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_json_bytes=settings.max_json_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_adapter_bytes=settings.max_adapter_bytes,
+    )
     app.add_middleware(RequestContext)  # added last, so outermost
     return app
 

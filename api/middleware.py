@@ -15,8 +15,9 @@ from api.errors import ApiError
 
 log = structlog.get_logger(__name__)
 
-#: The only route whose body goes to a file, and only after the key was checked; all others hold it in memory.
+#: The only routes whose body goes to a file, and only after the key was checked; all others hold it in memory.
 UPLOAD_PATH = "/v1/files"
+IMPORT_PATH = "/v1/models"
 #: Boundaries and fields around an uploaded file.
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
@@ -65,10 +66,13 @@ class RequestContext:
 class BodyLimit:
     """Stop reading a body that is over its limit, told or not by Content-Length."""
 
-    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int, max_adapter_bytes: int) -> None:
         self._app = app
         self._max_json_bytes = max_json_bytes
-        self._max_upload_bytes = max_upload_bytes + MULTIPART_OVERHEAD_BYTES
+        self._max_bytes = {
+            UPLOAD_PATH: max_upload_bytes + MULTIPART_OVERHEAD_BYTES,
+            IMPORT_PATH: max_adapter_bytes + MULTIPART_OVERHEAD_BYTES,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -76,7 +80,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self._max_upload_bytes if scope["path"] == UPLOAD_PATH else self._max_json_bytes
+        limit = self._max_bytes.get(scope["path"], self._max_json_bytes)
         announced = int(headers["content-length"]) if headers.get("content-length", "").isdecimal() else 0
         received = 0
 

@@ -18,6 +18,8 @@ R = TypeVar("R", bound=Listed)
 class Repository(Generic[R]):
     """Rows of one project. There is no query here that could see another project's.
 
+    One subclass has one, for what other projects share: ``AdapterRepository.usable``.
+
     Args:
         session: the session of the unit of work.
         project_id: the tenant. It is part of the statement that every query starts from.

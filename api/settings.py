@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -88,11 +88,21 @@ class Settings(DatabaseSettings):
     #: trained one by one.
     training_processes: int = Field(default=1, ge=1)
 
+    #: The operator's key for Weights & Biases, where jobs may ask to be followed; ``offline`` writes runs to
+    #: ``home/wandb``, from where ``wandb sync`` sends them.
+    wandb_api_key: SecretStr | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_base_url: str = "https://api.wandb.ai"
+
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    #: An adapter that is imported, as a file and as it is stored; 1 GB is the most that a database takes.
+    max_adapter_bytes: int = Field(default=256 * 1024 * 1024, ge=1, le=900_000_000)
     #: Every other request body.
     max_json_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     #: An adapter that comes with a completion request; in base64 it takes a third more of ``max_json_bytes``.
     max_inline_adapter_bytes: int = Field(default=2 * 1024 * 1024, ge=0)
+    #: Whether webhooks may be sent to private, loopback and link-local addresses, and over http.
+    webhook_allow_private: bool = False
     #: A trainer's claim on a job, renewed every ``heartbeat_interval``; when it runs out, the job is free.
     lease_ttl: timedelta = timedelta(seconds=30)
     heartbeat_interval: timedelta = timedelta(seconds=2)

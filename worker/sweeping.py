@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement, and_, false, or_, select
 from sqlalchemy.orm import Session
@@ -11,6 +12,7 @@ from api.database import database_now
 from api.engines import repository
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
+from api.webhooks import repository as webhooks
 from worker import failures
 from worker.context import Resources
 from worker.results import mark_cancelled, mark_failed, mark_paused
@@ -21,13 +23,16 @@ logger = logging.getLogger(__name__)
 MAX_RINGS = 100
 #: How long a dead engine's row is kept, in ``engine_ttl``, for those who look for what happened.
 KEPT_TTLS = 12
+#: How long users can read what came of a delivery.
+DELIVERIES_KEPT = timedelta(days=30)
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for those that wait for one, forget engines that died."""
+    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines and old deliveries."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
+    _forget_deliveries(held)
 
 
 def _end_abandoned(held: Resources) -> None:
@@ -60,19 +65,25 @@ def _ring_again(held: Resources) -> None:
                     and_(_lost(session), Job.cancel_requested == false(), Job.pause_requested == false()),
                 ),
             ),
+            TaskName.DELIVER: webhooks.due(session, limit=MAX_RINGS),
         }
-    for task, job_ids in due.items():
+    for task, ids in due.items():
         # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up
         # one more of them for each job and sweep.
-        if job_ids and held.queue.waiting(task) == 0:
-            for job_id in job_ids:
-                held.queue.send(task, job_id)
+        if ids and held.queue.waiting(task) == 0:
+            for row_id in ids:
+                held.queue.send(task, row_id)
 
 
 def _forget_engines(held: Resources) -> None:
     with held.sessions.begin() as session:
         for url in repository.remove_silent(session, silence=KEPT_TTLS * held.settings.engine_ttl):
             logger.warning("engine %s: it gave no heartbeat and is forgotten", url)
+
+
+def _forget_deliveries(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        webhooks.forget(session, before=database_now(session) - DELIVERIES_KEPT)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from api.auth import CallerDep
 from api.errors import InvalidRequest
 from api.files.schemas import FileCreate
 from api.handlers import explain
+
+M = TypeVar("M", bound=BaseModel)
 
 #: A raw-bytes upload has no name of its own; this is the one that OpenAI's client sends.
 UNNAMED = "upload"
@@ -36,8 +39,32 @@ async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[
     Raises:
         InvalidRequest: not multipart, no file in it, or a field that cannot be used.
     """
+    async with receive_file(request, fields="purpose") as (form, file):
+        yield Upload(source=file.file, filename=_safe_name(file.filename), form=parse_fields(form, FileCreate))
+
+
+UploadDep = Annotated[Upload, Depends(receive_upload)]
+
+
+def multipart_body(*, required: str, **fields: dict[str, Any]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that takes a file, ``required`` and perhaps other ``fields`` in a multipart body."""
+    schema = {
+        "type": "object",
+        "required": ["file", required],
+        "properties": {"file": {"type": "string", "format": "binary"}, **fields},
+    }
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+@asynccontextmanager
+async def receive_file(request: Request, *, fields: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
+    """A multipart body and its one file; ``fields`` names what else is expected.
+
+    Raises:
+        InvalidRequest: not multipart, or no file in it.
+    """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise InvalidRequest("Expected a multipart/form-data body with the parts 'file' and 'purpose'.")
+        raise InvalidRequest(f"Expected a multipart/form-data body with the parts 'file' and '{fields}'.")
     async with request.form(max_files=1, max_fields=16) as form:
         file = form.get("file")
         if not isinstance(file, UploadFile):
@@ -46,16 +73,14 @@ async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[
                 param="file",
                 code="missing_required_parameter",
             )
-        yield Upload(source=file.file, filename=_safe_name(file.filename), form=_parse_fields(form))
+        yield form, file
 
 
-UploadDep = Annotated[Upload, Depends(receive_upload)]
-
-
-def _parse_fields(form: FormData) -> FileCreate:
+def parse_fields(form: FormData, model: type[M]) -> M:
+    """The parts beside the file; raises ``InvalidRequest`` for one that cannot be used."""
     fields = _unbracket({name: value for name, value in form.multi_items() if name != "file"})
     try:
-        return FileCreate.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         errors = [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
         raise explain(errors, body=fields) from error

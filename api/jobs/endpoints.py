@@ -69,12 +69,11 @@ def create_job(
     body: JobCreate, caller: CallerDep, work: WorkDep, resources: ResourcesDep, *, dry_run: bool = False
 ) -> FineTuningJob | JobPlan:
     """Start a fine-tuning job; with ``dry_run``, check the request as for a job, and tell what it would make."""
-    base_models = resources.settings.base_models
     if dry_run:
-        job = service.plan(work.session, caller, body=body, base_models=base_models)
+        job = service.plan(work.session, caller, body=body, settings=resources.settings)
         name = model_name(job.base_model, slug=caller.project_slug, suffix=job.suffix, job_id="<job>")
         return JobPlan.of(job, seed=body.seed, name=name)
-    return FineTuningJob.of(service.create(work, caller, body=body, base_models=base_models))
+    return FineTuningJob.of(service.create(work, caller, body=body, settings=resources.settings))
 
 
 @router.get("", response_model=ListObject[FineTuningJob], responses=NOT_MODIFIED, openapi_extra=IF_NONE_MATCH)
@@ -133,9 +132,9 @@ def delete_job(job_id: str, caller: CallerDep, session: SessionDep, *, models: b
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: CallerDep, session: SessionDep) -> FineTuningJob:
+def cancel_job(job_id: str, caller: CallerDep, work: WorkDep) -> FineTuningJob:
     """Cancel an unfinished job."""
-    return FineTuningJob.of(service.cancel(session, caller, job_id))
+    return FineTuningJob.of(service.cancel(work, caller, job_id))
 
 
 @router.post("/{job_id}/pause")
@@ -153,7 +152,7 @@ def resume_job(job_id: str, caller: CallerDep, work: WorkDep) -> FineTuningJob:
 @router.post("/{job_id}/retry")
 def retry_job(job_id: str, caller: CallerDep, work: WorkDep, resources: ResourcesDep) -> FineTuningJob:
     """Make a new job of a failed or cancelled one's request."""
-    return FineTuningJob.of(service.retry(work, caller, job_id, base_models=resources.settings.base_models))
+    return FineTuningJob.of(service.retry(work, caller, job_id, settings=resources.settings))
 
 
 @router.post("/{job_id}/clone")
@@ -165,8 +164,7 @@ def clone_job(
     changes: Annotated[dict[str, Any] | None, Body()] = None,
 ) -> FineTuningJob:
     """Make a new job of another one's request, with the changes of a JSON merge patch."""
-    base_models = resources.settings.base_models
-    return FineTuningJob.of(service.clone(work, caller, job_id, changes=changes or {}, base_models=base_models))
+    return FineTuningJob.of(service.clone(work, caller, job_id, changes=changes or {}, settings=resources.settings))
 
 
 @router.get(

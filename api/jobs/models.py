@@ -69,6 +69,8 @@ class Job(Base, Listed):
     validation_file: Mapped[str | None]
     suffix: Mapped[str | None]
     seed: Mapped[int] = mapped_column(BigInteger)
+    #: ``integrations`` of the request; None without any.
+    integrations: Mapped[list[dict[str, Any]] | None] = mapped_column(JsonColumn)
     #: ``metadata`` of the request (the attribute name is taken by SQLAlchemy).
     labels: Mapped[dict[str, Any] | None]
     #: ``uora.spec.HyperparameterRequest`` as sent.

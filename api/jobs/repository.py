@@ -14,6 +14,7 @@ from api.errors import CheckpointNotFound, JobNotFound
 from api.jobs.models import ENDED, MOVES, Checkpoint, Job, JobEvent, JobStatus, TrainingState
 from api.pagination import Page, PageQuery, page_key, paginate
 from api.repository import Repository
+from api.webhooks import repository as webhooks
 
 
 class JobRepository(Repository[Job]):
@@ -148,6 +149,8 @@ def places(session: Session, seqs: Collection[int]) -> dict[int, int]:
 def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobStatus, **values: Any) -> bool:
     """Move a job, only if it still has the status ``source``, and set ``values`` with it.
 
+    Nothing else ends a job: who is to be told of an end is written here, with it.
+
     Returns:
         False if the row had another status, or is gone; then nothing was changed.
 
@@ -157,7 +160,11 @@ def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobSta
     if target not in MOVES[source]:
         raise ValueError(f"no job moves from {source} to {target}; the moves from there are {MOVES[source]}")
     statement = update(Job).where(Job.id == job_id, Job.status == source).values(status=target, **values)
-    return _changed_one(session, statement)
+    if not _changed_one(session, statement):
+        return False
+    if target in ENDED:
+        webhooks.record_end(session, job_id, target)
+    return True
 
 
 def best_checkpoint(session: Session, job_id: str) -> Checkpoint | None:

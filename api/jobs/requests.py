@@ -25,6 +25,7 @@ def request_of(job: Job) -> dict[str, Any]:
         "peft": {**job.adapter, "learning_rate": job.learning_rate},
         "training": job.options,
         "task": job.task,
+        "integrations": job.integrations,
     }
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from api.jobs.integrations import Integrations
 from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
 from api.pagination import Shown
 from uora.spec import (
@@ -35,6 +36,7 @@ from uora.spec import (
 
 MAX_SEED = 2**31 - 1
 MAX_SUFFIX = 64
+Suffix = Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
@@ -114,15 +116,13 @@ class JobCreate(_Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
-    suffix: str | None = Field(
-        default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    suffix: Suffix | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: MethodRequest | None = None
     #: Deprecated by OpenAI in favour of ``method``.
     hyperparameters: HyperparameterRequest | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Integrations | None = None
     #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
     peft: PeftRequest = Field(default_factory=UoraRequest)
     #: Ours too.
@@ -229,6 +229,7 @@ class FineTuningJob(Shown):
             seed=job.seed,
             result_files=job.result_files,
             metadata=job.labels,
+            integrations=job.integrations,
             error=None if job.error is None else JobError(**job.error),
             progress=_progress(job),
             queue_position=place,

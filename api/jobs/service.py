@@ -23,6 +23,7 @@ from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
 from api.jobs import moving
+from api.jobs.integrations import check_offered
 from api.jobs.models import ENDED, Checkpoint, Job, JobEvent, JobStatus
 from api.jobs.repository import JobRepository, JobVersion, add_event
 from api.jobs.requests import changed_request
@@ -31,7 +32,9 @@ from api.models.models import Adapter
 from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
+from api.settings import Settings
 from api.unit_of_work import UnitOfWork
+from api.webhooks import service as webhooks
 from uora.spec import HyperparameterRequest, parse_adapter
 
 #: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
@@ -56,7 +59,7 @@ def create(
     caller: Caller,
     *,
     body: JobCreate,
-    base_models: Collection[str],
+    settings: Settings,
     sweep_id: str | None = None,
     origin: Job | None = None,
 ) -> Job:
@@ -64,7 +67,7 @@ def create(
 
     Raises: as `plan`.
     """
-    job = plan(work.session, caller, body=body, base_models=base_models)
+    job = plan(work.session, caller, body=body, settings=settings)
     job.sweep_id = sweep_id
     job.origin_job = origin.id if origin else None
     JobRepository(work.session, caller.project_id).add(job)
@@ -73,7 +76,7 @@ def create(
     return job
 
 
-def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
+def plan(session: Session, caller: Caller, *, body: JobCreate, settings: Settings) -> Job:
     """The job that a request makes, which is not in the session; its files are locked against deletion.
 
     Raises:
@@ -82,8 +85,9 @@ def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Coll
         InvalidRequest: a file that cannot be used, settings that do not go together, or what is not offered.
     """
     _refuse_unsupported(body)
+    check_offered(body.integrations, settings)
     _check_validation_needs(body)
-    start = _find_start(session, caller, body=body, base_models=base_models)
+    start = _find_start(session, caller, body=body, base_models=settings.base_models)
     files = FileRepository(session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
@@ -91,7 +95,7 @@ def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Coll
     return _new_job(caller, body, start)
 
 
-def retry(work: UnitOfWork, caller: Caller, job_id: str, *, base_models: Collection[str]) -> Job:
+def retry(work: UnitOfWork, caller: Caller, job_id: str, *, settings: Settings) -> Job:
     """Make the job of a failed or cancelled one's request again, seed included; what became of the first one stays.
 
     Raises:
@@ -105,12 +109,10 @@ def retry(work: UnitOfWork, caller: Caller, job_id: str, *, base_models: Collect
             f"The job {job.id} is {job.status}; only a failed or cancelled one can be retried. POST .../clone makes "
             "a job of the same request at any time."
         )
-    return create(work, caller, body=changed_request(job, {}), base_models=base_models, origin=job)
+    return create(work, caller, body=changed_request(job, {}), settings=settings, origin=job)
 
 
-def clone(
-    work: UnitOfWork, caller: Caller, job_id: str, *, changes: Mapping[str, Any], base_models: Collection[str]
-) -> Job:
+def clone(work: UnitOfWork, caller: Caller, job_id: str, *, changes: Mapping[str, Any], settings: Settings) -> Job:
     """Make a job of another one's request with ``changes``, a JSON merge patch.
 
     Raises:
@@ -119,7 +121,7 @@ def clone(
         ApiError: as `plan`.
     """
     job = get(work.session, caller, job_id)
-    return create(work, caller, body=changed_request(job, changes), base_models=base_models, origin=job)
+    return create(work, caller, body=changed_request(job, changes), settings=settings, origin=job)
 
 
 def delete(session: Session, caller: Caller, job_id: str, *, models: bool) -> None:
@@ -194,15 +196,18 @@ def checkpoints_key(session: Session, caller: Caller, *, job_id: str, query: Pag
     return jobs.checkpoints_key(jobs.get(job_id), query)
 
 
-def cancel(session: Session, caller: Caller, job_id: str) -> Job:
+def cancel(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
     """End the job where nothing runs yet, else ask its trainer to stop.
 
     Raises:
         JobNotFound: there is none in the project.
         JobNotCancellable: it has ended.
     """
+    session = work.session
     job = JobRepository(session, caller.project_id).get(job_id)
-    return moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    job = moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    webhooks.ring(work, job.id)
+    return job
 
 
 def pause(session: Session, caller: Caller, job_id: str) -> Job:
@@ -305,8 +310,6 @@ def _refuse_unsupported(body: JobCreate) -> None:
             raise UnsupportedParameter(
                 f"method.{name} does not go with the type 'supervised'; leave it out.", param=f"method.{name}"
             )
-    if body.integrations:
-        raise UnsupportedParameter("Integrations are not supported yet; leave them out.", param="integrations")
 
 
 def _check_file(file: File, *, param: str) -> None:
@@ -339,6 +342,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
         suffix=body.suffix,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         labels=body.metadata,
+        integrations=[each.model_dump(mode="json") for each in body.integrations or ()] or None,
         hyperparameters=_hyperparameters(body).model_dump(mode="json"),
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,

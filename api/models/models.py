@@ -28,6 +28,8 @@ class Adapter(Base, Listed):
     task: Mapped[str] = mapped_column(default=_task_of)
     #: Optimizer step of a checkpoint; None for a job's final model. Only final models are listed.
     checkpoint_step: Mapped[int | None]
+    #: The fine-tuned model that its training started from, there or not; None if that was the base model.
+    parent: Mapped[str | None]
     #: Digest of the artifact (``uora.artifact``), checked wherever the bytes are used.
     digest: Mapped[str]
     manifest: Mapped[dict[str, Any]]

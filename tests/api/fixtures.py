@@ -86,6 +86,8 @@ def live_service(
             max_json_bytes=200_000,
             max_inline_adapter_bytes=100_000,
             engine_max_rows=4,
+            max_adapter_bytes=200_000,
+            webhook_allow_private=True,
         )
         for base_model in ("tiny", "org/slashed"):
             register_engine(sessions, engine_url, base_model=base_model)

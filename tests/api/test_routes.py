@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
+from sqlalchemy.orm import Session
 
 from api.auth import current_caller
-from api.database import new_id
+from api.database import new_id, now
 from api.jobs.models import Checkpoint, JobStatus
 from api.jobs.repository import add_event
 from api.main import create_app
+from api.permissions.models import ModelPermission
 from api.router import PUBLIC_ROUTES
 from api.settings import Settings
+from api.webhooks.models import EventType, WebhookEndpoint
+from api.webhooks.sending import new_secret
 from tests.api.rows import add_adapter, add_file, add_job
-from tests.api.support import Service
+from tests.api.support import Service, make_tenant
 from uora.spec import UoraSpec
 
 
@@ -106,7 +110,42 @@ def ids(service: Service) -> dict[str, str]:
             "{model:path}": model.id,
             "{checkpoint_id}": checkpoint.id,
             **dict.fromkeys(OF_ENDED_JOBS, failed.id),
+            "{permission_id}": add_permission(session, service, model.id),
+            "{endpoint_id}": add_endpoint(session, service),
         }
+
+
+def add_permission(session: Session, service: Service, model: str) -> str:
+    """Of a third project's."""
+    guest = make_tenant(session, "Guest")
+    permission = ModelPermission(
+        id=new_id("cp_"), project_id=service.tenant.project_id, model=model, shared_with=guest.project_id
+    )
+    session.add(permission)
+    return permission.id
+
+
+def add_endpoint(session: Session, service: Service) -> str:
+    """One that answers, though with an error."""
+    endpoint = WebhookEndpoint(
+        id=new_id("whe_"),
+        project_id=service.tenant.project_id,
+        name="private",
+        url=f"{service.url}/healthz",
+        event_types=[],
+        secret=new_secret(),
+        updated_at=now(),
+    )
+    session.add(endpoint)
+    return endpoint.id
+
+
+def body_of(route: Route, service: Service) -> dict[str, Any] | None:
+    """What a route cannot do without."""
+    if route.method == "POST" and route.path.endswith("/permissions"):
+        with service.sessions.begin() as session:
+            return {"project_ids": [make_tenant(session, "Guest").project_id]}
+    return {"event_type": EventType.FAILED} if route.path.endswith("/test") else None
 
 
 @pytest.mark.parametrize("route", ID_ROUTES, ids=str)
@@ -116,12 +155,16 @@ def test_another_projects_key_finds_nothing(service: Service, ids: dict[str, str
     for parameter, value in ids.items():
         path = path.replace(parameter, value)
     assert "{" not in path, f"add something for the parameter of {route.path} to the fixture 'ids'"
-    foreign = service.http(service.stranger).request(route.method, path)
-    unknown = service.http(service.stranger).request(route.method, path.replace(path.split("/")[3], new_id("x")))
+    body = body_of(route, service)
+    foreign = service.http(service.stranger).request(route.method, path, json=body)
+    unknown = service.http(service.stranger).request(
+        route.method, path.replace(path.split("/")[3], new_id("x")), json=body
+    )
     assert foreign.status_code == 404, foreign.text
     assert set(foreign.json()["error"]) == {"message", "type", "param", "code"}
     assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] or "fine_tuning" in path
-    assert service.http(service.tenant).request(route.method, path).status_code == 200
+    own = service.http(service.tenant).request(route.method, path, json=body)
+    assert own.status_code == 200, own.text
 
 
 @pytest.mark.parametrize("route", TENANT_ROUTES, ids=str)

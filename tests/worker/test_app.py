@@ -22,6 +22,7 @@ class TestTasks:
     def test_every_name_is_registered_with_its_payload(self, settings: Settings) -> None:
         celery = make_celery(settings)
         payloads = {TaskName.VALIDATE: ["job_id"], TaskName.TRAIN: ["job_id"], TaskName.SWEEP: []}
+        payloads[TaskName.DELIVER] = ["delivery_id"]
 
         registered = {name for name in celery.tasks if not name.startswith("celery.")}
 
@@ -80,7 +81,7 @@ class TestEmbeddedBroker:
             queue.send(TaskName.TRAIN, f"job-{number}")
         queue.send(TaskName.VALIDATE, "job-3")
 
-        assert [queue.waiting(task) for task in TaskName] == [1, 3, 0]
+        assert [queue.waiting(task) for task in TaskName] == [1, 3, 0, 0]
 
     def test_is_first_in_first_out_and_leaves_nothing_behind(self, settings: Settings) -> None:
         queue = CeleryQueue(settings)

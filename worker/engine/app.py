@@ -25,12 +25,14 @@ from api.completions.engine import TokenLogprob as TokenLogprobLine
 from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
 from api.errors import ClientGone
+from api.models.engine import BaseDescription, CheckRequest, DescribeRequest
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine import classify as classes
+from worker.engine import importing
 from worker.engine.errors import EngineError
 from worker.engine.preparing import Prepared, prepare
 from worker.engine.provenance import fingerprint, provenance
@@ -67,6 +69,8 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
+    app.post("/describe", dependencies=[Depends(_authenticate)])(describe)
+    app.post("/check", dependencies=[Depends(_authenticate)])(check)
     app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
 
@@ -142,6 +146,17 @@ def _text_runner(runner: Annotated[Served, Depends(_runner)]) -> Runner:
         return runner
     message = f"The base model {runner.base.name} writes no text; use a model of texts that was trained for it."
     raise EngineError(400, "model_not_supported", message, param="model")
+
+
+def describe(_body: DescribeRequest, runner: Annotated[Runner, Depends(_text_runner)]) -> BaseDescription:
+    """The base model, as an adapter for it must be."""
+    return importing.describe(runner)
+
+
+def check(body: CheckRequest, served: Annotated[Served, Depends(_runner)]) -> dict[str, str]:
+    """Whether an adapter could be served."""
+    importing.check(served, body)
+    return {"status": "ok"}
 
 
 async def classify(

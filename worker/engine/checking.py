@@ -29,7 +29,7 @@ def check_writer(manifest: Manifest, bank: AdapterBank, template_sha256: str | N
         check_template(manifest, template_sha256, param=param)
 
 
-def check_classifier(manifest: Manifest, bank: AdapterBank, tasks: Collection[str]) -> None:
+def check_classifier(manifest: Manifest, bank: AdapterBank, tasks: Collection[str], *, param: str = "model") -> None:
     """Make sure that an adapter gives classes or numbers on the bank's base model.
 
     Raises:
@@ -41,7 +41,7 @@ def check_classifier(manifest: Manifest, bank: AdapterBank, tasks: Collection[st
             400,
             "model_not_supported",
             f"The model was trained for {manifest.task}; this engine classifies for {', '.join(sorted(tasks))}.",
-            param="model",
+            param=param,
         )
     bank.check(manifest)
 

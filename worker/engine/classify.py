@@ -34,7 +34,7 @@ async def classify(served: Served, body: ClassifyRequest) -> ClassifyAnswer:
     """
     if body.base_model != served.base.name:
         raise EngineError(404, "model_not_found", f"This engine serves {served.base.name}, not {body.base_model}.")
-    half = await asyncio.to_thread(_half, served)
+    half = await asyncio.to_thread(half_of, served)
     adapter = half.bank.find(body.adapter.digest)
     if adapter is None:
         adapter = await asyncio.to_thread(_load, served, half, body.adapter)
@@ -43,7 +43,8 @@ async def classify(served: Served, body: ClassifyRequest) -> ClassifyAnswer:
     return _answer(served, adapter.manifest, predictions, encoded)
 
 
-def _half(served: Served) -> ClassifierHalf:
+def half_of(served: Served) -> ClassifierHalf:
+    """What classifies; raises `EngineError` if the base model cannot."""
     try:
         return served.classifying.half
     except BaseModelError as error:

@@ -69,9 +69,9 @@ class ClassifierHalf:
     tasks: frozenset[Task]
     max_tokens: int
 
-    def check(self, manifest: Manifest) -> None:
+    def check(self, manifest: Manifest, *, param: str = "model") -> None:
         """Raises `EngineError` or `UoraError` if an adapter cannot answer here."""
-        check_classifier(manifest, self.bank, self.tasks)
+        check_classifier(manifest, self.bank, self.tasks, param=param)
 
 
 @dataclass(eq=False)
