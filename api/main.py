@@ -44,6 +44,11 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
     )
     app.include_router(make_router())
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_json_bytes=settings.max_json_bytes, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_json_bytes=settings.max_json_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_part_bytes=settings.max_part_bytes,
+    )
     app.add_middleware(RequestContext)  # added last, so outermost
     return app

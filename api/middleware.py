@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import structlog
@@ -15,8 +16,9 @@ from api.errors import ApiError
 
 log = structlog.get_logger(__name__)
 
-#: The only route whose body goes to a file, and only after the key was checked; all others hold it in memory.
+#: The routes whose bodies go to a file, and only after the key was checked; all others hold theirs in memory.
 UPLOAD_PATH = "/v1/files"
+PART_PATH = re.compile(r"/v1/uploads/[^/]+/parts")
 #: Boundaries and fields around an uploaded file.
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
@@ -65,10 +67,11 @@ class RequestContext:
 class BodyLimit:
     """Stop reading a body that is over its limit, told or not by Content-Length."""
 
-    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int, max_part_bytes: int) -> None:
         self._app = app
         self._max_json_bytes = max_json_bytes
         self._max_upload_bytes = max_upload_bytes + MULTIPART_OVERHEAD_BYTES
+        self._max_part_bytes = max_part_bytes + MULTIPART_OVERHEAD_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -76,7 +79,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self._max_upload_bytes if scope["path"] == UPLOAD_PATH else self._max_json_bytes
+        limit = self._limit(scope["path"])
         announced = int(headers["content-length"]) if headers.get("content-length", "").isdecimal() else 0
         received = 0
 
@@ -91,6 +94,11 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited_receive, send)
+
+    def _limit(self, path: str) -> int:
+        if path == UPLOAD_PATH:
+            return self._max_upload_bytes
+        return self._max_part_bytes if PART_PATH.fullmatch(path) else self._max_json_bytes
 
 
 def _too_large(limit: int) -> HTTPException:

@@ -1,4 +1,4 @@
-"""Task names, the one contract between api and worker. A message carries a job id and nothing else."""
+"""Task names, the one contract between api and worker. A message carries the id of a job, or of a report, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ class TaskName(StrEnum):
     """Tasks the worker registers."""
 
     VALIDATE = "files.validate"
+    REPORT = "files.report"
     TRAIN = "training.run"
     SWEEP = "maintenance.sweep"
+    TIDY = "maintenance.tidy"
 
 
 #: Which queue a task waits in: training has its own, so that a long job never holds up a validation.
 QUEUES: dict[TaskName, str] = {
     TaskName.VALIDATE: "files",
+    TaskName.REPORT: "files",
     TaskName.TRAIN: "training",
     TaskName.SWEEP: "maintenance",
+    TaskName.TIDY: "maintenance",
 }
 
 

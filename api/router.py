@@ -6,12 +6,15 @@ from fastapi import APIRouter
 
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
+from api.estimates.endpoints import router as estimates
 from api.files.endpoints import router as files
 from api.handlers import ErrorBody
 from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
+from api.reports.endpoints import router as reports
 from api.sweeps.endpoints import router as sweeps
+from api.uploads.endpoints import router as uploads
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
 PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
@@ -21,6 +24,6 @@ def make_router() -> APIRouter:
     """Mount every domain."""
     router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     router.include_router(health)
-    for domain in (files, jobs, sweeps, models, completions, classifications):
+    for domain in (files, reports, uploads, jobs, estimates, sweeps, models, completions, classifications):
         router.include_router(domain, prefix="/v1")
     return router

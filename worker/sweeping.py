@@ -11,9 +11,11 @@ from api.database import database_now
 from api.engines import repository
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
+from api.reports.repository import list_waiting
 from worker import failures
 from worker.context import Resources
 from worker.results import mark_cancelled, mark_failed, mark_paused
+from worker.tidying import remove_expired
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,12 @@ KEPT_TTLS = 12
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for those that wait for one, forget engines that died."""
+    """End or pause the jobs that no trainer will, ring for jobs and reports that wait for a worker, forget engines that
+    died and files that have expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
+    remove_expired(held)
 
 
 def _end_abandoned(held: Resources) -> None:
@@ -53,6 +57,7 @@ def _ring_again(held: Resources) -> None:
     with held.sessions() as session:
         due = {
             TaskName.VALIDATE: _ids(session, _stale_validation(held, session)),
+            TaskName.REPORT: list_waiting(session, age=held.settings.sweep_interval, limit=MAX_RINGS),
             TaskName.TRAIN: _ids(
                 session,
                 or_(
@@ -61,12 +66,12 @@ def _ring_again(held: Resources) -> None:
                 ),
             ),
         }
-    for task, job_ids in due.items():
-        # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up
-        # one more of them for each job and sweep.
-        if job_ids and held.queue.waiting(task) == 0:
-            for job_id in job_ids:
-                held.queue.send(task, job_id)
+    # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up one more of
+    # them for each job and sweep. Before the first is sent: some tasks share a queue.
+    idle = [task for task, ids in due.items() if ids and held.queue.waiting(task) == 0]
+    for task in idle:
+        for each in due[task]:
+            held.queue.send(task, each)
 
 
 def _forget_engines(held: Resources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, BinaryIO
@@ -22,34 +23,51 @@ MAX_FILENAME_LENGTH = 255
 
 
 @dataclass(frozen=True)
-class Upload:
+class ReceivedFile:
     """One received file, at its beginning."""
 
     source: BinaryIO
     filename: str
+
+
+@dataclass(frozen=True)
+class Upload(ReceivedFile):
+    """A file and the fields beside it."""
+
     form: FileCreate
 
 
 async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[Upload]:
-    """Parse the body, which is spooled to a temporary file that ends with the request.
+    """A new file, from its form.
 
     Raises:
         InvalidRequest: not multipart, no file in it, or a field that cannot be used.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise InvalidRequest("Expected a multipart/form-data body with the parts 'file' and 'purpose'.")
-    async with request.form(max_files=1, max_fields=16) as form:
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise InvalidRequest(
-                "Missing the part 'file' with the content and a filename.",
-                param="file",
-                code="missing_required_parameter",
-            )
-        yield Upload(source=file.file, filename=_safe_name(file.filename), form=_parse_fields(form))
+    async with receive_form(request, "file") as (received, form):
+        yield Upload(received.source, received.filename, _parse_fields(form))
 
 
 UploadDep = Annotated[Upload, Depends(receive_upload)]
+
+
+@asynccontextmanager
+async def receive_form(request: Request, name: str) -> AsyncIterator[tuple[ReceivedFile, FormData]]:
+    """Parse the body: its file ``name`` is spooled to a temporary file without a name, which ends with the block.
+
+    Raises:
+        InvalidRequest: not multipart, or no such file in it.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise InvalidRequest(f"Expected a multipart/form-data body with the part {name!r}.", param=name)
+    async with request.form(max_files=1, max_fields=16) as form:
+        file = form.get(name)
+        if not isinstance(file, UploadFile):
+            raise InvalidRequest(
+                f"Missing the part {name!r} with the content and a filename.",
+                param=name,
+                code="missing_required_parameter",
+            )
+        yield ReceivedFile(file.file, safe_name(file.filename)), form
 
 
 def _parse_fields(form: FormData) -> FileCreate:
@@ -73,6 +91,7 @@ def _unbracket(form: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _safe_name(filename: str | None) -> str:
+def safe_name(filename: str | None) -> str:
+    """The last part of a name, without what a terminal or a header could trip over."""
     name = PurePosixPath((filename or "").replace("\\", "/")).name
     return "".join(letter for letter in name if letter.isprintable())[:MAX_FILENAME_LENGTH] or UNNAMED

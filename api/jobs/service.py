@@ -48,6 +48,19 @@ def create(
 ) -> Job:
     """Insert the job, for a sweep if one is named, and ring for its validation.
 
+    Raises: as `plan`.
+    """
+    job = plan(work.session, caller, body=body, base_models=base_models)
+    job.sweep_id = sweep_id
+    JobRepository(work.session, caller.project_id).add(job)
+    add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
+    work.ring(TaskName.VALIDATE, job.id)
+    return job
+
+
+def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
+    """The job that a request makes, which is not in the session; its files are locked against deletion.
+
     Raises:
         ModelNotFound: neither a base model nor one of the project's.
         FileNotFound: a file that is not in the project.
@@ -55,15 +68,12 @@ def create(
     """
     _refuse_unsupported(body)
     _check_validation_needs(body)
-    start = _find_start(work.session, caller, body=body, base_models=base_models)
-    files = FileRepository(work.session, caller.project_id)
+    start = _find_start(session, caller, body=body, base_models=base_models)
+    files = FileRepository(session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             _check_file(files.lock(file_id, shared=True, param=param), param=param)
-    job = JobRepository(work.session, caller.project_id).add(_new_job(caller, body, start, sweep_id=sweep_id))
-    add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
-    work.ring(TaskName.VALIDATE, job.id)
-    return job
+    return _new_job(caller, body, start)
 
 
 def list_jobs(session: Session, caller: Caller, *, query: PageQuery, labels: dict[str, str] | None) -> Page[Job]:
@@ -221,7 +231,7 @@ def _check_file(file: File, *, param: str) -> None:
         )
 
 
-def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | None) -> Job:
+def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
@@ -240,7 +250,6 @@ def _new_job(caller: Caller, body: JobCreate, start: Start, *, sweep_id: str | N
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
         options=body.training.model_dump(mode="json"),
-        sweep_id=sweep_id,
         created_at=now(),
     )
 
