@@ -1,4 +1,4 @@
-"""Task names, the one contract between api and worker. A message carries the id of a job, or of a report, and nothing else."""
+"""Task names, the one contract between api and worker. A message carries the id of a job or a report, nothing else."""
 
 from __future__ import annotations
 

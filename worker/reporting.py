@@ -87,7 +87,7 @@ def _read(held: Resources, claimed: FileReport, request: ReportRequest) -> Datas
             task=request.task,
             max_length=request.max_length,
             overlong=request.overlong,
-            training=training and opened.enter_context(_local_path(held, claimed, training)),
+            training=opened.enter_context(_local_path(held, claimed, training)) if training else None,
             n_previews=MAX_PREVIEWS,
         )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from datetime import timedelta
-from itertools import batched
+from functools import partial
+from itertools import islice
 
 from api.database import database_now, now
 from api.files import repository as files
@@ -36,7 +36,8 @@ def remove_expired(held: Resources) -> None:
         for upload in uploads.lock_expired(session, moment=moment, limit=MAX_EXPIRED):
             upload.status = UploadStatus.EXPIRED
             keys += uploads.drop_parts(session, upload)
-        work.on_commit(lambda: _remove(held, keys))
+        for key in keys:
+            work.on_commit(partial(held.storage.delete, key))
 
 
 def tidy(held: Resources) -> None:
@@ -44,17 +45,13 @@ def tidy(held: Resources) -> None:
     before = now() - ORPHAN_AGE
     torn = held.storage.remove_torn(before)
     orphans = 0
-    for keys in batched(held.storage.old_keys(before), _KEYS_OF_QUERY):
+    old = iter(held.storage.old_keys(before))
+    while keys := list(islice(old, _KEYS_OF_QUERY)):
         with held.sessions() as session:
             known = files.known_keys(session, keys) | uploads.known_keys(session, keys)
-        orphans += _remove(held, set(keys) - known)
+        unknown = set(keys) - known
+        for key in unknown:
+            held.storage.delete(key)
+        orphans += len(unknown)
     if torn or orphans:
         logger.warning("removed %d half-written objects and %d that no row names", torn, orphans)
-
-
-def _remove(held: Resources, keys: Iterable[str]) -> int:
-    count = 0
-    for key in keys:
-        held.storage.delete(key)
-        count += 1
-    return count

@@ -54,7 +54,7 @@ def create(work: UnitOfWork, caller: Caller, *, upload: Upload, storage: ObjectS
         content=check_content(file_id, stored, purpose=upload.form.purpose, storage=storage),
         filename=upload.filename,
         purpose=upload.form.purpose,
-        seconds=upload.form.expires_after and upload.form.expires_after.seconds,
+        seconds=upload.form.expires_after.seconds if upload.form.expires_after else None,
     )
 
 

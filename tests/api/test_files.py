@@ -15,9 +15,9 @@ ROWS = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", 
 
 def test_a_file_comes_back_as_it_was_sent(service: Service, client: OpenAI) -> None:
     content = bytes(range(256)) * 3000  # several chunks of the form parser
-    created = client.files.create(file=("data.jsonl", content), purpose="fine-tune")
+    created = client.files.create(file=("data.bin", content), purpose="user_data")
     assert created.id.startswith("file-")
-    assert (created.filename, created.bytes, created.purpose) == ("data.jsonl", len(content), "fine-tune")
+    assert (created.filename, created.bytes, created.purpose) == ("data.bin", len(content), "user_data")
     assert client.files.retrieve(created.id) == created
     assert client.files.wait_for_processing(created.id).status == "processed"
     assert client.files.content(created.id).read() == content
