@@ -9,7 +9,6 @@ from itertools import islice
 
 from api.database import database_now, now
 from api.files import repository as files
-from api.files.service import mark_deleted
 from api.unit_of_work import open_unit_of_work
 from api.uploads import repository as uploads
 from api.uploads.models import UploadStatus
@@ -31,7 +30,7 @@ def remove_expired(held: Resources) -> None:
         moment = database_now(session)
         keys = []
         for file in files.lock_expired(session, moment=moment, limit=MAX_EXPIRED):
-            mark_deleted(session, file)
+            files.mark_deleted(session, file)
             keys.append(file.storage_key)
         for upload in uploads.lock_expired(session, moment=moment, limit=MAX_EXPIRED):
             upload.status = UploadStatus.EXPIRED

@@ -12,6 +12,7 @@ from api.database import now
 from api.errors import FileNotFound
 from api.files.models import File
 from api.jobs.models import ENDED, Job
+from api.reports.repository import drop_reports
 from api.repository import Repository
 
 
@@ -68,6 +69,12 @@ def _is_needed() -> ColumnElement[bool]:
     """Criterion: an unfinished job reads the file."""
     reads = or_(Job.training_file == File.id, Job.validation_file == File.id)
     return exists(select(Job.id).where(reads, Job.status.not_in(list(ENDED))).correlate(File))
+
+
+def mark_deleted(session: Session, file: File) -> None:
+    """Forget a file, which the caller has locked, and what was found in it. Its bytes are the caller's to remove."""
+    file.deleted_at = now()
+    drop_reports(session, file.id)
 
 
 def known_keys(session: Session, keys: Sequence[str]) -> set[str]:

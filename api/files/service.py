@@ -14,13 +14,12 @@ from api.caller import Caller
 from api.database import new_id, now
 from api.errors import FileInUse
 from api.files.models import File, FileStatus
-from api.files.repository import FileRepository
+from api.files.repository import FileRepository, mark_deleted
 from api.files.schemas import Purpose
 from api.files.upload import Upload
 from api.jobs.repository import JobRepository
 from api.pagination import Page, PageQuery
 from api.reports import service as reports
-from api.reports.repository import drop_reports
 from api.storage import CHUNK_BYTES, ObjectStore, StoredObject
 from api.unit_of_work import UnitOfWork
 from uora.data.report import DatasetReport
@@ -124,12 +123,6 @@ def delete(work: UnitOfWork, caller: Caller, file_id: str, *, storage: ObjectSto
     mark_deleted(work.session, file)
     work.on_commit(partial(storage.delete, file.storage_key))
     return file
-
-
-def mark_deleted(session: Session, file: File) -> None:
-    """Forget a file, which the caller has locked, and what was found in it. Its bytes are the caller's to remove."""
-    file.deleted_at = now()
-    drop_reports(session, file.id)
 
 
 def read_chunks(source: BinaryIO) -> Iterator[bytes]:
