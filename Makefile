@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TESTS_AT_ONCE ?= logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve format lock clean
+.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve bench-residency bench-api format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,12 @@ bench-cotrain: $(STAMP) ## small jobs together against one after the other, abou
 
 bench-serve: $(STAMP) ## thousands of adapters against generate and stock PEFT, about 15 minutes; DEVICE=cuda
 	@$(BIN)/python -m benchmarks.serving --device $(or $(DEVICE),cpu)
+
+bench-residency: $(STAMP) ## an engine that follows a database of 10,000 adapters, about 3 minutes
+	@$(BIN)/python -m benchmarks.residency
+
+bench-api: $(STAMP) ## polling beside a constant answer, 10,000 jobs, about 8 minutes
+	@$(BIN)/python -m benchmarks.api
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+#: How long a good key is believed to be good.
+CALLER_SECONDS = 1.0
+#: Keys that are remembered at once.
+MAX_CALLERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -12,3 +21,33 @@ class Caller:
     project_id: str
     project_slug: str
     key_id: str
+
+
+class RecentCallers:
+    """Who sent what headers a moment ago; refusals are not kept, and no key is."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, tuple[Caller, float]] = {}
+        self._finding: dict[bytes, asyncio.Task[Caller]] = {}
+
+    async def get(self, sent: str, find: Callable[[], Awaitable[Caller]]) -> Caller:
+        """Who it was, or is found to be: once for all who send the same meanwhile. Raises what ``find`` does."""
+        digest = hashlib.sha256(sent.encode(errors="surrogateescape")).digest()
+        kept = self._kept.get(digest)
+        if kept and time.monotonic() - kept[1] < CALLER_SECONDS:
+            return kept[0]
+        finding = self._finding.get(digest)
+        if finding is None:
+            finding = self._finding[digest] = asyncio.create_task(self._find(digest, find))
+        return await asyncio.shield(finding)  # one of those who wait for it may leave
+
+    async def _find(self, digest: bytes, find: Callable[[], Awaitable[Caller]]) -> Caller:
+        asked_at = time.monotonic()  # what the database says is at least as new
+        try:
+            caller = await find()
+        finally:
+            del self._finding[digest]
+        if len(self._kept) >= MAX_CALLERS:
+            self._kept.clear()
+        self._kept[digest] = (caller, asked_at)
+        return caller

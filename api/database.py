@@ -39,6 +39,11 @@ READ_ONLY = "uora_read_only"
 #: Sequence numbers: SQLite counts up by itself only in an INTEGER primary key.
 Sequence = BigInteger().with_variant(Integer(), "sqlite")
 
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_LETTERS = 24
+#: Connections that a process has at most. All are kept: PostgreSQL takes milliseconds to open one.
+MAX_CONNECTIONS = 15
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """Aware UTC times on both databases; SQLite stores them naive."""
@@ -93,13 +98,20 @@ def database_now(session: Session) -> datetime:
 
 def new_id(prefix: str) -> str:
     """A random public id: ``prefix`` and 24 letters or digits in lower case."""
-    alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
-    return prefix + "".join(secrets.choice(alphabet) for _ in range(24))
+    number = secrets.randbelow(len(_ALPHABET) ** _LETTERS)  # one draw, since every request has an id
+    letters = []
+    for _ in range(_LETTERS):
+        number, letter = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[letter])
+    return prefix + "".join(letters)
 
 
 def make_engine(url: str) -> Engine:
     """Open the database. SQLite is put in WAL mode with foreign keys and a 10 s busy timeout."""
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if url.startswith("sqlite"):
+        engine = create_engine(url)
+    else:
+        engine = create_engine(url, pool_pre_ping=True, pool_size=MAX_CONNECTIONS, max_overflow=0)
     if engine.dialect.name == "sqlite":
         if engine.url.database:
             Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -129,3 +141,10 @@ def make_sessions(engine: Engine) -> sessionmaker[Session]:
 def make_read_sessions(engine: Engine) -> sessionmaker[Session]:
     """Sessions that only read; on SQLite they take no write lock."""
     return sessionmaker(engine.execution_options(**{READ_ONLY: True}), expire_on_commit=False)
+
+
+def make_glance_sessions(engine: Engine) -> sessionmaker[Session]:
+    """Sessions for single reads: on PostgreSQL without a transaction, which would be two more journeys to it."""
+    if engine.dialect.name == "sqlite":
+        return make_read_sessions(engine)
+    return sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False)

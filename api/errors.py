@@ -8,6 +8,9 @@ ApiError 500 internal_error
   │     ├── JobNotCancellable       the job has ended
   │     ├── JobNotPausable          it has ended, or is being cancelled
   │     ├── JobNotResumable         it is not paused, and has not failed with a state to go on from
+  │     ├── JobNotDeletable         the job has not ended
+  │     ├── JobNotRetryable         it has neither failed nor been cancelled
+  │     ├── WebhookUnreachable      no answer to a sample event
   │     └── NotPromotable           the job has no model, or no checkpoint that would be the best
   ├── NotAuthenticated 401
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
@@ -18,6 +21,8 @@ ApiError 500 internal_error
   │     ├── JobNotFound
   │     ├── CheckpointNotFound
   │     ├── SweepNotFound
+  │     ├── WebhookEndpointNotFound
+  │     ├── PermissionNotFound
   │     └── ModelNotFound
   ├── Conflict 409
   │     └── FileInUse               an unfinished job needs the file
@@ -122,10 +127,31 @@ class JobNotResumable(InvalidRequest):
     should_retry = False
 
 
+class JobNotDeletable(InvalidRequest):
+    """The job has not ended."""
+
+    code = "job_not_deletable"
+    should_retry = False
+
+
+class JobNotRetryable(InvalidRequest):
+    """The job has neither failed nor been cancelled."""
+
+    code = "job_not_retryable"
+    should_retry = False
+
+
 class NotPromotable(InvalidRequest):
     """The job has no model that a checkpoint could take the place of, or no checkpoint that would be the best."""
 
     code = "checkpoint_not_promotable"
+
+
+class WebhookUnreachable(InvalidRequest):
+    """Nothing answered under a webhook endpoint's URL."""
+
+    code = "webhook_unreachable"
+    should_retry = False
 
 
 class NotAuthenticated(ApiError):
@@ -180,6 +206,18 @@ class SweepNotFound(NotFound):
     """No such sweep in the caller's project."""
 
     code = "sweep_not_found"
+
+
+class WebhookEndpointNotFound(NotFound):
+    """No such webhook endpoint in the caller's project."""
+
+    code = "webhook_endpoint_not_found"
+
+
+class PermissionNotFound(NotFound):
+    """No such permission of a model of the caller's project."""
+
+    code = "permission_not_found"
 
 
 class CheckpointNotFound(NotFound):

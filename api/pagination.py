@@ -95,13 +95,33 @@ def paginate(
     Raises:
         InvalidRequest: ``after`` names no such row.
     """
+    statement = _of_page(session, statement, model=model, query=query, cursors=cursors)
+    rows = session.scalars(statement).all()
+    return Page(rows=rows[: query.limit], has_more=len(rows) > query.limit)
+
+
+def page_key(
+    session: Session,
+    statement: Select[R],
+    *columns: Any,
+    model: type[Any],
+    query: PageQuery,
+    cursors: Select[R] | None = None,
+) -> list[tuple[Any, ...]]:
+    """``columns`` of the rows that `paginate` reads for the same page; these tell whether it changed."""
+    statement = _of_page(session, statement, model=model, query=query, cursors=cursors)
+    return [tuple(row) for row in session.execute(statement.with_only_columns(*columns))]
+
+
+def _of_page(
+    session: Session, statement: Select[R], *, model: type[Any], query: PageQuery, cursors: Select[R] | None
+) -> Select[R]:
+    """The rows of a page and one more, which tells that there is another page."""
     descending = query.order is Order.DESC
     if query.after is not None:
         seq = _cursor(session, statement if cursors is None else cursors, model=model, after=query.after)
         statement = statement.where(model.seq < seq if descending else model.seq > seq)
-    statement = statement.order_by(model.seq.desc() if descending else model.seq.asc())
-    rows = session.scalars(statement.limit(query.limit + 1)).all()
-    return Page(rows=rows[: query.limit], has_more=len(rows) > query.limit)
+    return statement.order_by(model.seq.desc() if descending else model.seq.asc()).limit(query.limit + 1)
 
 
 def _cursor(session: Session, cursors: Select[R], *, model: type[Any], after: str) -> int:

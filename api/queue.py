@@ -1,4 +1,4 @@
-"""Task names, the one contract between api and worker. A message carries the id of a job or a report, nothing else."""
+"""Task names, the one contract between api and worker. A message carries the id of a row and nothing else."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class TaskName(StrEnum):
     TRAIN = "training.run"
     SWEEP = "maintenance.sweep"
     TIDY = "maintenance.tidy"
+    DELIVER = "webhooks.deliver"
 
 
-#: Which queue a task waits in: training has its own, so that a long job never holds up a validation.
+#: Which queue a task waits in: training has its own, so that a long job never holds up a validation, and webhooks
+#: too, whose receivers may take their time.
 QUEUES: dict[TaskName, str] = {
     TaskName.VALIDATE: "files",
     TaskName.REPORT: "files",
     TaskName.TRAIN: "training",
     TaskName.SWEEP: "maintenance",
     TaskName.TIDY: "maintenance",
+    TaskName.DELIVER: "webhooks",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, Select, select
@@ -9,13 +10,15 @@ from sqlalchemy.orm import Session
 
 from api.database import Listed
 from api.errors import NotFound
-from api.pagination import Page, PageQuery, paginate
+from api.pagination import Page, PageQuery, page_key, paginate
 
 R = TypeVar("R", bound=Listed)
 
 
 class Repository(Generic[R]):
     """Rows of one project. There is no query here that could see another project's.
+
+    One subclass has one, for what other projects share: ``AdapterRepository.usable``.
 
     Args:
         session: the session of the unit of work.
@@ -60,6 +63,19 @@ class Repository(Generic[R]):
         return paginate(
             self.session,
             self.visible().where(*criteria),
+            model=self.model,
+            query=query,
+            cursors=self.every(),
+        )
+
+    def page_key(
+        self, columns: Sequence[Any], query: PageQuery, *criteria: ColumnElement[bool]
+    ) -> list[tuple[Any, ...]]:
+        """``columns`` of the rows of a page."""
+        return page_key(
+            self.session,
+            self.visible().where(*criteria),
+            *columns,
             model=self.model,
             query=query,
             cursors=self.every(),

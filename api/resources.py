@@ -10,9 +10,11 @@ import httpx
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.database import make_engine, make_read_sessions, make_sessions
+from api.caller import RecentCallers
+from api.database import make_engine, make_glance_sessions, make_read_sessions, make_sessions
 from api.engines.client import EngineClient
 from api.engines.service import EngineDirectory
+from api.jobs.watching import JobWatch
 from api.queue import CeleryQueue, TaskQueue
 from api.settings import Settings
 from api.storage import LocalStore, ObjectStore
@@ -33,6 +35,8 @@ class Resources:
     storage: ObjectStore
     engines: EngineDirectory
     engine: EngineClient
+    jobs: JobWatch
+    callers: RecentCallers
 
 
 @asynccontextmanager
@@ -55,6 +59,8 @@ async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) 
                 storage=LocalStore(settings.storage_dir),
                 engines=engines,
                 engine=EngineClient(client, engines, token=settings.engine_token.get_secret_value()),
+                callers=RecentCallers(),
+                jobs=JobWatch(make_glance_sessions(database)),
             )
     finally:
         database.dispose()

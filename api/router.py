@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Any
+
+from fastapi import FastAPI
 
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
@@ -12,18 +14,21 @@ from api.handlers import ErrorBody
 from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
+from api.permissions.endpoints import router as permissions
 from api.reports.endpoints import router as reports
 from api.sweeps.endpoints import router as sweeps
 from api.uploads.endpoints import router as uploads
+from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
 PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 
 
-def make_router() -> APIRouter:
-    """Mount every domain."""
-    router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
-    router.include_router(health)
-    for domain in (files, reports, uploads, jobs, estimates, sweeps, models, completions, classifications):
-        router.include_router(domain, prefix="/v1")
-    return router
+def include_routers(app: FastAPI) -> None:
+    """Mount every domain on the app itself, the polled one first: FastAPI looks through all routes before, once for
+    each router around them."""
+    responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    tuning = (jobs, files, reports, uploads, estimates, sweeps)
+    for domain in (*tuning, permissions, models, completions, classifications, webhooks):
+        app.include_router(domain, prefix="/v1", responses=responses)
+    app.include_router(health, responses=responses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -70,11 +70,9 @@ class Settings(DatabaseSettings):
     engine_max_classify_items: int = Field(default=256, ge=1)
     engine_max_waiting_items: int = Field(default=2048, ge=1)
     engine_max_classify_tokens: int = Field(default=4096, ge=16)
-    #: Adapters of classifiers that stay resident while no request needs them.
-    engine_max_classifiers: int = Field(default=1024, ge=1)
     #: Tokens whose keys and values an engine holds at once; 0 takes a quarter of what all rows could have.
     engine_kv_tokens: int = Field(default=0, ge=0)
-    #: Bytes for the adapters that an engine holds.
+    #: Bytes for the adapters that an engine holds; where it writes text, an eighth of them is for classifiers.
     engine_adapter_memory: int = Field(default=1024**3, ge=0)
 
     #: "auto" takes bfloat16 where the processor has it, else float32.
@@ -92,6 +90,12 @@ class Settings(DatabaseSettings):
     #: trained one by one.
     training_processes: int = Field(default=1, ge=1)
 
+    #: The operator's key for Weights & Biases, where jobs may ask to be followed; ``offline`` writes runs to
+    #: ``home/wandb``, from where ``wandb sync`` sends them.
+    wandb_api_key: SecretStr | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_base_url: str = "https://api.wandb.ai"
+
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
     #: A file that is uploaded in parts, and each of its parts.
     max_large_upload_bytes: int = Field(default=8 * 1024**3, ge=1)
@@ -99,10 +103,14 @@ class Settings(DatabaseSettings):
     #: What training costs, for estimates, in whatever currency: per second, and per thousand tokens of all epochs.
     price_per_second: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     price_per_thousand_tokens: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    #: An adapter that is imported, as a file and as it is stored; 1 GB is the most that a database takes.
+    max_adapter_bytes: int = Field(default=256 * 1024 * 1024, ge=1, le=900_000_000)
     #: Every other request body.
     max_json_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     #: An adapter that comes with a completion request; in base64 it takes a third more of ``max_json_bytes``.
     max_inline_adapter_bytes: int = Field(default=2 * 1024 * 1024, ge=0)
+    #: Whether webhooks may be sent to private, loopback and link-local addresses, and over http.
+    webhook_allow_private: bool = False
     #: A trainer's claim on a job, renewed every ``heartbeat_interval``; when it runs out, the job is free.
     lease_ttl: timedelta = timedelta(seconds=30)
     heartbeat_interval: timedelta = timedelta(seconds=2)

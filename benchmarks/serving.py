@@ -1,9 +1,10 @@
 """Thousands of adapters on one base model: ``python -m benchmarks.serving`` (``make bench-serve``).
 
-SmolLM2-135M-Instruct in bfloat16, 32 streams at once, prompts of 32 to 128 tokens, 64 new tokens each, greedy. The
-engine's batch (``uora.serving``) answers the same prompts by its base model and by 1, 32, 1,000 and 10,000 distinct
-adapters (UORA on q and v, r = 64), with hits, so that both frames take part, and without. Peers in the same process and
-turn by turn: plain ``generate`` of the bare base model, and stock PEFT with 32 LoRAs of r = 8 and ``adapter_names``.
+SmolLM2-135M-Instruct in bfloat16 (in float32 where the processor has none, as the engine), 32 streams at once, prompts
+of 32 to 128 tokens, 64 new tokens each, greedy. The engine's batch (``uora.serving``) answers the same prompts by its
+base model and by 1, 32, 1,000 and 10,000 distinct adapters (UORA on q and v, r = 64), with hits, so that both frames
+take part, and without. Peers in the same process and turn by turn: plain ``generate`` of the bare base model, and stock
+PEFT with 32 LoRAs of r = 8 and ``adapter_names``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from uora import targets
 from uora.artifact import Artifact, Manifest, Provenance, dumps, loads
 from uora.layout import ModuleShape
 from uora.methods import adapter_fingerprint
-from uora.models import LocalModel, fetch, load_model, load_tokenizer
+from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Delta, Generation
 from uora.serving.sampling import Sampling
@@ -71,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as the engine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -84,6 +86,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.dtype = pick_dtype(arguments.dtype)
         self.base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
         tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(self.base))
         self.plain = self._load()
@@ -104,7 +107,7 @@ class Bench:
         self.first_tokens: list[float] = []
 
     def _load(self) -> PreTrainedModel:
-        return load_model(self.base, dtype=torch.bfloat16, device=self.arguments.device)
+        return load_model(self.base, dtype=self.dtype, device=self.arguments.device)
 
     def _fill(self, *, hits: bool) -> list[str]:
         """Make all adapters of one kind resident."""
@@ -223,7 +226,8 @@ class Bench:
         """The table, and the line."""
         rate = {name: statistics.median(values) for name, values in rates.items()}
         sizes = [f"{size:,} adapters" for size in self.sizes()]
-        table = Table(title=f"{MODEL}, bfloat16, {self.arguments.streams} streams, {self.arguments.threads} threads")
+        dtype = str(self.dtype).removeprefix("torch.")
+        table = Table(title=f"{MODEL}, {dtype}, {self.arguments.streams} streams, {self.arguments.threads} threads")
         for column in ("", "tokens/s", "spread", "of the base model"):
             table.add_column(column, justify="left" if not column else "right")
         for name, values in rates.items():
@@ -249,6 +253,7 @@ class Bench:
             "repetitions": self.arguments.repetitions,
             "threads": self.arguments.threads,
             "device": self.arguments.device,
+            "dtype": dtype,
         }
         print(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in line.items()}))
 
@@ -285,7 +290,7 @@ def _cold_and_warm(bench: Bench, times: int) -> tuple[list[float], list[float]]:
         for artifact in artifacts(bench.base, bench.modules, times, hits=True, seed=1):
             name, digest = new_id("adapter"), artifact.manifest.digest
             with Session(database) as session, session.begin():
-                session.add(_row(name, artifact))
+                session.add(row_of(name, artifact, project="bench"))
             start = time.perf_counter()
             loaded = store.load(name, digest)
             bench.bank.check(loaded.manifest)
@@ -299,11 +304,12 @@ def _cold_and_warm(bench: Bench, times: int) -> tuple[list[float], list[float]]:
     return cold, warm
 
 
-def _row(name: str, artifact: Artifact) -> Adapter:
+def row_of(name: str, artifact: Artifact, *, project: str) -> Adapter:
+    """An adapter as a trainer stores it."""
     manifest = artifact.manifest
     return Adapter(
         id=name,
-        project_id="bench",
+        project_id=project,
         base_model=MODEL,
         digest=manifest.digest,
         manifest=manifest.model_dump(mode="json"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -166,3 +169,29 @@ def make_tiny_tokenizer(*, chat_template: str | None = CHATML) -> PreTrainedToke
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
+
+
+def make_tiny_causal(directory: Path, model_type: str, *, chat_template: str | None = CHATML, **changes: Any) -> Path:
+    """Write a causal model of any of transformers' types with random weights; see `make_tiny_llama`.
+
+    Args:
+        directory: made if it is not there.
+        model_type: transformers' name of its kind.
+        chat_template: of the tokenizer; None for one without.
+        changes: to its configuration.
+    """
+    tokenizer = make_tiny_tokenizer(chat_template=chat_template)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(model_type, **sizes | changes)
+    _save(directory, lambda: AutoModelForCausalLM.from_config(config), tokenizer)
+    return directory

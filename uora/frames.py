@@ -171,7 +171,7 @@ def check_fingerprint(expected: Mapping[str, list[float]], actual: Mapping[str, 
         want, have = expected.get(name), actual.get(name)
         if want is None or have is None or len(want) != len(have):
             raise FingerprintError(f"{name}: the adapter has probes {want}, this machine has {have}.")
-        if not np.allclose(want, have, rtol=0.0, atol=PROBE_TOLERANCE):
+        if not all(abs(one - other) <= PROBE_TOLERANCE for one, other in zip(want, have, strict=True)):
             raise FingerprintError(
                 f"{name}: found probes {have}, expected {want} (tolerance {PROBE_TOLERANCE}). The adapter was trained "
                 "on other frames or singular vectors; serve it with the seed, rank, version and base of its manifest."

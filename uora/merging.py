@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from uora import targets
 from uora.artifact import Artifact, Manifest
 from uora.convert import pairs, scale
 from uora.errors import ArtifactError, ExportError, NonFiniteError
@@ -80,7 +81,7 @@ def merge(
     if _is_quantised(local):
         with quiet():
             model = cast(PreTrainedModel, cast(Any, model).dequantize())
-    check_modules(model, manifest)
+    check_modules(targets.linears(model), manifest)
     _place_head(model, artifact)
     base = BaseWeights.of_local(local, manifest.task, cache_dir)  # the exact ones, read only if they are needed
     size = scale(artifact)

@@ -4,6 +4,7 @@
 |---|---|
 | trainer | ``celery -A worker.app worker -Q training --pool threads -c 1 -n trainer@%h`` |
 | sweeper | ``celery -A worker.app worker -B -Q files,maintenance --pool threads -c 1 -n sweeper@%h`` |
+| webhooks | ``celery -A worker.app worker -Q webhooks --pool threads -c 8 -n webhooks@%h`` |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from celery.signals import beat_embedded_init, worker_shutting_down
 from api.queue import QUEUES, VISIBILITY_TIMEOUT_SECONDS, TaskName, configure_broker, is_embedded
 from api.settings import Settings
 from worker import context
-from worker.tasks import files, maintenance, training
+from worker.tasks import files, maintenance, training, webhooks
 
 TIDY_INTERVAL = timedelta(hours=1)
 
@@ -32,6 +33,7 @@ TASKS: dict[TaskName, Callable[..., None]] = {
     TaskName.TRAIN: training.run,
     TaskName.SWEEP: maintenance.run,
     TaskName.TIDY: maintenance.run_tidy,
+    TaskName.DELIVER: webhooks.run,
 }
 
 

@@ -140,7 +140,7 @@ def renew(sessions: Sessions, lease: Lease, *, ttl: timedelta) -> Renewal:
         found = session.execute(
             update(Job)
             .where(_held(lease))
-            .values(lease_until=database_now(session) + ttl)
+            .values(lease_until=database_now(session) + ttl, version=Job.version)  # nothing that is shown
             .returning(Job.cancel_requested, Job.pause_requested)
             .execution_options(synchronize_session=False)
         ).one_or_none()

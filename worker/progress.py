@@ -41,8 +41,8 @@ class JobProgress:
         self._latest: Step | None = None
         self._last_write = -math.inf
 
-    def on_start(self, total_steps: int) -> None:
-        """Record that the first step of this attempt begins."""
+    def on_start(self, total_steps: int) -> Job:
+        """Record that the first step of this attempt begins; returns the job as it is then."""
         self._total_steps = total_steps
         with writing(self._sessions, self._lease) as (session, job):
             kept = state_step(session, job.id)
@@ -50,6 +50,7 @@ class JobProgress:
             add_event(
                 session, job.id, message="Fine-tuning job started" if kept is None else f"Resuming from step {kept}"
             )
+        return job
 
     def on_step(self, step: Step) -> None:
         """Record a step: its metrics event, if its turn has come, and the progress, twice a second at most.
@@ -185,6 +186,7 @@ def make_adapter(
         project_id=job.project_id,
         job_id=job.id,
         base_model=job.base_model,
+        parent=job.warm_start,
         checkpoint_step=checkpoint_step,
         digest=verified.manifest.digest,
         manifest=verified.manifest.model_dump(mode="json"),

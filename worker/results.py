@@ -15,7 +15,7 @@ from api.database import new_id, now
 from api.files.models import File
 from api.files.schemas import RESULTS
 from api.jobs.models import Job, JobStatus
-from api.jobs.repository import add_event, best_checkpoint, drop_state
+from api.jobs.repository import add_event, best_checkpoint, drop_state, move_job
 from api.storage import ObjectStore
 from uora.artifact import Artifact, loads
 from worker.failures import Failure
@@ -99,20 +99,20 @@ def interrupt(sessions: Sessions, lease: Lease, *, alone: bool = False) -> None:
         elif job.pause_requested:
             mark_paused(session, job)
         else:
-            _leave(job, JobStatus.QUEUED)
+            _leave(session, job, JobStatus.QUEUED)
             rewind(session, job.id)
 
 
 def mark_paused(session: Session, job: Job) -> None:
     """Stop a job, which the caller has locked, until its user resumes it."""
-    _leave(job, JobStatus.PAUSED)
+    _leave(session, job, JobStatus.PAUSED)
     step = rewind(session, job.id)
     add_event(session, job.id, message="Paused" if step is None else f"Paused after step {step}")
 
 
 def mark_failed(session: Session, job: Job, failure: Failure) -> None:
     """End a job that the caller has locked."""
-    _end(job, JobStatus.FAILED)
+    _end(session, job, JobStatus.FAILED)
     job.error = stored_error(failure)
     add_failure_event(session, job.id, failure)
 
@@ -130,7 +130,7 @@ def add_failure_event(session: Session, job_id: str, failure: Failure) -> None:
 
 def mark_cancelled(session: Session, job: Job) -> None:
     """End a job that the caller has locked."""
-    _end(job, JobStatus.CANCELLED)
+    _end(session, job, JobStatus.CANCELLED)
     drop_state(session, job.id)
     add_event(session, job.id, message="Cancelled", level="warn")
 
@@ -138,7 +138,7 @@ def mark_cancelled(session: Session, job: Job) -> None:
 def _mark_succeeded(session: Session, job: Job, finished: Finished, verified: Artifact) -> None:
     name = result_name(session, job)
     session.add(make_adapter(job, name, verified, finished.artifact))
-    _end(job, JobStatus.SUCCEEDED)
+    _end(session, job, JobStatus.SUCCEEDED)
     drop_state(session, job.id)
     best = best_checkpoint(session, job.id)
     job.best_step = best.step_number if best else None
@@ -173,14 +173,18 @@ def _remove_orphan(sessions: Sessions, file_id: str, storage: ObjectStore) -> No
             storage.delete(file_id)
 
 
-def _end(job: Job, status: JobStatus) -> None:
-    _leave(job, status)
+def _end(session: Session, job: Job, status: JobStatus) -> None:
+    _leave(session, job, status)
     job.finished_at = now()
 
 
-def _leave(job: Job, status: JobStatus) -> None:
-    job.status = status
+def _leave(session: Session, job: Job, status: JobStatus) -> None:
+    """Move a job that the caller has locked, and let go of it."""
     job.pause_requested = False
     job.estimated_finish = None
     job.lease_owner = None
     job.lease_until = None
+    source = JobStatus(job.status)
+    if not move_job(session, job.id, source=source, target=status):
+        raise RuntimeError(f"{job.id} is not {source} any more, though its row was locked")
+    session.refresh(job, ["status"])

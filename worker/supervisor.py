@@ -9,7 +9,7 @@ import logging
 import queue
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from worker import failures, memory
 from worker.child_process import ChildProcess
 from worker.context import Resources
 from worker.failures import Failure
+from worker.following import Followers
 from worker.lease import Lease, LeaseLost, Renewal, renew
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stop, Stopped
 from worker.progress import JobProgress, read_stored, remove_stored
@@ -71,7 +72,11 @@ def supervise(resources: Resources, leases: Sequence[Lease], request: ChildReque
     """
     child = resources.spare.take()
     with child.running(request, grace=resources.settings.stop_grace):
-        _Watch(resources, leases, request, child, settle).until_end()
+        watch = _Watch(resources, leases, request, child, settle)
+        try:
+            watch.until_end()
+        finally:
+            watch.let_followers_go()
 
 
 def patiently(write: Callable[[], T], *, patience: timedelta) -> T:
@@ -98,6 +103,8 @@ class _Watched:
     lease: Lease
     work_dir: Path
     progress: JobProgress
+    #: Nobody before the first step.
+    followers: Followers = field(default_factory=Followers)
     #: When it was asked to stop: until when it is waited for.
     stop_by: float | None = None
 
@@ -134,6 +141,11 @@ class _Watch:
             self._stop_in_time()
             self._child.sample_memory()
             self._listen()
+
+    def let_followers_go(self) -> None:
+        """Those of runs that came to no end here."""
+        for run in self._running.values():
+            run.followers.close(failed=False)
 
     def _listen(self) -> None:
         try:
@@ -201,12 +213,16 @@ class _Watch:
     def _record(self, run: _Watched, report: Report) -> Outcome | None:
         match report:
             case Started():
-                self._patiently(lambda: run.progress.on_start(report.total_steps))
+                job = self._patiently(lambda: run.progress.on_start(report.total_steps))
+                held = self._resources
+                run.followers = Followers.of(job, run.lease, held.sessions, held.settings)
             case Step():
                 self._patiently(lambda: run.progress.on_step(report))
+                run.followers.log(report.step, report.model_dump())
             case Evaluated():
                 artifact = read_stored(run.work_dir, report.file)
                 self._patiently(lambda: run.progress.on_evaluation(report, artifact))
+                run.followers.log(report.step, report.metrics)
             case State():
                 state = read_stored(run.work_dir, report.file)
                 self._patiently(lambda: run.progress.on_state(report, state))
@@ -243,6 +259,7 @@ class _Watch:
 
     def _end(self, number: int, outcome: Outcome) -> None:
         run = self._running.pop(number)
+        run.followers.close(failed=isinstance(outcome, Failure))
         if self._running:
             self._child.send(Stop(stop=number))  # unless it has ended by itself
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement, and_, false, or_, select
 from sqlalchemy.orm import Session
@@ -12,6 +13,7 @@ from api.engines import repository
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
 from api.reports.repository import list_waiting
+from api.webhooks import repository as webhooks
 from worker import failures
 from worker.context import Resources
 from worker.results import mark_cancelled, mark_failed, mark_paused
@@ -23,14 +25,17 @@ logger = logging.getLogger(__name__)
 MAX_RINGS = 100
 #: How long a dead engine's row is kept, in ``engine_ttl``, for those who look for what happened.
 KEPT_TTLS = 12
+#: How long users can read what came of a delivery.
+DELIVERIES_KEPT = timedelta(days=30)
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for jobs and reports that wait for a worker, forget engines that
-    died and files that have expired."""
+    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries and what has
+    expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
+    _forget_deliveries(held)
     remove_expired(held)
 
 
@@ -65,19 +70,25 @@ def _ring_again(held: Resources) -> None:
                     and_(_lost(session), Job.cancel_requested == false(), Job.pause_requested == false()),
                 ),
             ),
+            TaskName.DELIVER: webhooks.due(session, limit=MAX_RINGS),
         }
     # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up one more of
-    # them for each job and sweep. Before the first is sent: some tasks share a queue.
+    # them for each row and sweep. Before the first is sent: some tasks share a queue.
     idle = [task for task, ids in due.items() if ids and held.queue.waiting(task) == 0]
     for task in idle:
-        for each in due[task]:
-            held.queue.send(task, each)
+        for row_id in due[task]:
+            held.queue.send(task, row_id)
 
 
 def _forget_engines(held: Resources) -> None:
     with held.sessions.begin() as session:
         for url in repository.remove_silent(session, silence=KEPT_TTLS * held.settings.engine_ttl):
             logger.warning("engine %s: it gave no heartbeat and is forgotten", url)
+
+
+def _forget_deliveries(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        webhooks.forget(session, before=database_now(session) - DELIVERIES_KEPT)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

@@ -7,14 +7,17 @@ makes a project and a key. Ctrl-C stops them all; when one of them ends, the oth
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,6 +26,7 @@ from alembic.config import Config
 from honcho import manager as honcho_manager
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
+from honcho.printer import Message, Printer
 from sqlalchemy.orm import Session
 
 import api.files.models
@@ -35,6 +39,8 @@ from api.settings import DatabaseSettings, Settings
 
 #: Beyond the trainer's own graces, until what still runs after Ctrl-C is killed.
 STOP_SECONDS = 5.0
+#: An engine's last word when it does not fit its base model, or this machine (`worker.engine.app`).
+NOT_STARTED = "engine_not_started"
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "default"
 
@@ -88,6 +94,39 @@ def first_key(settings: Settings) -> str | None:
         return None if has_keys(session, project.id) else create_api_key(session, project, name="first key")
 
 
+class Reporter(Printer):  # type: ignore[misc] # honcho has no types
+    """Prints what the processes say, and keeps why engines did not start, which is soon far up on the screen."""
+
+    def __init__(self, output: TextIO) -> None:
+        super().__init__(output)
+        self.refusals: dict[str, str] = {}  # by the process
+
+    def write(self, message: Message) -> None:
+        """Print a line of a process."""
+        super().write(message)
+        text = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
+        if NOT_STARTED in text:
+            self.refusals[message.name] = _reason(text)
+
+
+def _reason(line: str) -> str:
+    """The error in a log line, as the engines write them where their output is no terminal."""
+    try:
+        return str(json.loads(line)["error"])
+    except (ValueError, KeyError, TypeError):
+        return line.strip()
+
+
+def explain(engines: Sequence[EngineProcess], refusals: Mapping[str, str]) -> str:
+    """Which engines did not start, and why; empty if all did."""
+    return "".join(
+        f"\nThe engine of the base model {engine.base_model!r} ({engine.name}) did not start:\n\n"
+        f"    {refusals[engine.name]}\n"
+        for engine in engines
+        if engine.name in refusals
+    )
+
+
 @dataclass(frozen=True)
 class EngineProcess:
     """An engine to start: its name among the processes, its base model, and where it listens."""
@@ -125,9 +164,9 @@ def plan_engines(settings: Settings) -> list[EngineProcess]:
     ]
 
 
-def make_manager(*, host: str, port: int, settings: Settings) -> Manager:
+def make_manager(*, host: str, port: int, settings: Settings, printer: Printer | None = None) -> Manager:
     """All processes of the Procfile, not started yet; its engine as often as `plan_engines` says."""
-    manager = Manager()
+    manager = Manager(printer)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     engines = plan_engines(settings)
     threads = {"UORA_TORCH_THREADS": str(threads_per_engine(settings, engines=len(engines)))}
@@ -196,10 +235,12 @@ def main() -> None:
     migrate(settings)
     # honcho has no other place for it; its 5 seconds would cost a trainer the step it is in, and its state.
     honcho_manager.KILL_WAIT = (settings.pause_grace + settings.stop_grace).total_seconds() + STOP_SECONDS
-    manager = make_manager(host=arguments.host, port=arguments.port, settings=settings)
+    reporter = Reporter(sys.stdout)
+    manager = make_manager(host=arguments.host, port=arguments.port, settings=settings, printer=reporter)
     url = f"http://{arguments.host}:{arguments.port}"
     threading.Thread(target=_welcome, args=(settings, url), daemon=True).start()
     manager.loop()
+    print(explain(plan_engines(settings), reporter.refusals), end="", file=sys.stderr, flush=True)  # noqa: T201 # as above
     interrupted = manager.returncode == 130
     sys.exit(0 if interrupted else manager.returncode)
 

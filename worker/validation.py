@@ -21,6 +21,7 @@ from api.jobs.models import Job, JobEvent, JobStatus
 from api.jobs.repository import add_event, move_job
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork, open_unit_of_work
+from api.webhooks import service as webhooks
 from uora.data import DatasetReport
 from uora.errors import DataError
 from uora.spec import (
@@ -270,3 +271,4 @@ def _fail(held: Resources, job: Job, failure: Failure, reports: Reports | None =
         )
         if moved:
             add_failure_event(work.session, job.id, failure)
+            webhooks.ring(work, job.id)

@@ -20,7 +20,7 @@ class EventStream(StreamingResponse):
     """Server-sent events. ``close`` is called in the end, also if the client left before the first event."""
 
     def __init__(
-        self, events: AsyncIterator[str], *, close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+        self, events: AsyncIterator[str | bytes], *, close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
     ) -> None:
         super().__init__(
             events,

@@ -39,7 +39,7 @@ def estimate_job(work: UnitOfWork, caller: Caller, *, body: JobCreate, settings:
 
     Raises: as `api.jobs.service.plan`.
     """
-    job = jobs.plan(work.session, caller, body=body, base_models=settings.base_models)
+    job = jobs.plan(work.session, caller, body=body, settings=settings)
     answers = _ask(work, caller, job)
     told = [(param, found.status, found.error) for param, found in answers.all.items()]
     for _, status, error in told:

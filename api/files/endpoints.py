@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends
 from starlette.responses import StreamingResponse
@@ -11,7 +11,7 @@ from api.auth import CallerDep
 from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, WorkDep
 from api.files import service
 from api.files.schemas import FileDeleted, FileObject, Purpose
-from api.files.upload import UploadDep
+from api.files.upload import UploadDep, multipart_body
 from api.pagination import ListObject, PageQuery
 
 router = APIRouter(prefix="/files", tags=["files"])
@@ -19,23 +19,7 @@ router = APIRouter(prefix="/files", tags=["files"])
 AnyPurpose = Purpose | Literal["fine-tune-results"]
 FilePage = Annotated[PageQuery, Depends(PageParams(default_limit=10_000, max_limit=10_000))]
 
-_UPLOAD_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": [purpose.value for purpose in Purpose]},
-                    },
-                }
-            }
-        },
-    }
-}
+_UPLOAD_BODY = multipart_body("purpose", purpose={"type": "string", "enum": [purpose.value for purpose in Purpose]})
 
 
 @router.post("", openapi_extra=_UPLOAD_BODY)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, String
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import BigInteger, Connection, ForeignKey, Index, LargeBinary, String, Table, event, literal_column
+from sqlalchemy.orm import Mapped, Mapper, mapped_column
 
 from api.database import Base, JsonColumn, Listed, Sequence, now
 
@@ -49,10 +49,14 @@ class Job(Base, Listed):
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index(None, "cotraining_key", "status"),)
+    __table_args__ = (
+        Index(None, "cotraining_key", "status"),
+        Index(None, "project_id", "seq"),
+        Index(None, "status", "seq"),
+    )
 
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"), index=True)
-    status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES, index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES)
     #: What the client named: a base model, or a fine-tuned one to start from.
     model: Mapped[str]
     base_model: Mapped[str]
@@ -65,6 +69,8 @@ class Job(Base, Listed):
     validation_file: Mapped[str | None]
     suffix: Mapped[str | None]
     seed: Mapped[int] = mapped_column(BigInteger)
+    #: ``integrations`` of the request; None without any.
+    integrations: Mapped[list[dict[str, Any]] | None] = mapped_column(JsonColumn)
     #: ``metadata`` of the request (the attribute name is taken by SQLAlchemy).
     labels: Mapped[dict[str, Any] | None]
     #: ``uora.spec.HyperparameterRequest`` as sent.
@@ -98,6 +104,8 @@ class Job(Base, Listed):
 
     #: The sweep that it was made for; None for a job of its own.
     sweep_id: Mapped[str | None] = mapped_column(index=True)
+    #: The job whose request this one's was made of; its id stays when it is deleted.
+    origin_job: Mapped[str | None]
     #: Queued jobs with the same one can be trained together; None for a job that is trained by itself.
     cotraining_key: Mapped[str | None] = mapped_column(String(64))
 
@@ -110,25 +118,44 @@ class Job(Base, Listed):
     lease_owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
 
+    #: Raised by every UPDATE of the row that does not set it, whoever writes it: what watchers compare.
+    version: Mapped[int] = mapped_column(BigInteger, default=1, onupdate=literal_column("version") + 1)
+    #: Raised by every event, see `_count_event`.
+    event_count: Mapped[int] = mapped_column(BigInteger, default=0)
+
 
 class JobEvent(Base, Listed):
     """A line of a job's log (type ``message``) or a measurement (type ``metrics``)."""
 
     __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "seq"),)
 
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     level: Mapped[str]
     type: Mapped[str]
     message: Mapped[str]
     data: Mapped[dict[str, Any] | None]
 
 
+@event.listens_for(JobEvent, "before_insert")
+def _count_event(_mapper: Mapper[JobEvent], connection: Connection, added: JobEvent) -> None:
+    """Count the event in its job's row, which locks that row until the commit.
+
+    So an event has its ``seq`` only once all earlier writers of the job's events have committed: what becomes visible
+    later also has a higher number, and a cursor skips nothing.
+    """
+    jobs = cast(Table, Job.__table__)
+    count = jobs.c.event_count + 1
+    connection.execute(jobs.update().where(jobs.c.id == added.job_id).values(event_count=count))
+
+
 class Checkpoint(Base, Listed):
     """Metrics of one evaluation; its adapter answers under the name ``model_name``."""
 
     __tablename__ = "checkpoints"
+    __table_args__ = (Index(None, "job_id", "seq"),)
 
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     step_number: Mapped[int]
     model_name: Mapped[str]
     metrics: Mapped[dict[str, Any]]

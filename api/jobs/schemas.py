@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from api.jobs.models import Checkpoint, Job, JobEvent
+from api.jobs.integrations import Integrations
+from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
 from api.pagination import Shown
 from uora.spec import (
     AdapterSpec,
@@ -35,6 +36,7 @@ from uora.spec import (
 
 MAX_SEED = 2**31 - 1
 MAX_SUFFIX = 64
+Suffix = Annotated[str, Field(min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
@@ -114,15 +116,13 @@ class JobCreate(_Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
-    suffix: str | None = Field(
-        default=None, min_length=1, max_length=MAX_SUFFIX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    suffix: Suffix | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: Metadata | None = None
     method: MethodRequest | None = None
     #: Deprecated by OpenAI in favour of ``method``.
     hyperparameters: HyperparameterRequest | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Integrations | None = None
     #: Ours; in OpenAI's client: ``extra_body={"peft": {...}}``.
     peft: PeftRequest = Field(default_factory=UoraRequest)
     #: Ours too.
@@ -189,8 +189,10 @@ class FineTuningJob(Shown):
     integrations: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None
     error: JobError | None
-    #: Step, loss, speed and seconds left, learning rate and gradient norm of the latest step.
+    #: Percent, step, loss, speed and seconds left, learning rate and gradient norm of the latest step.
     progress: dict[str, Any] | None
+    #: Queued jobs before it, itself included; None for a job that does not wait in the queue.
+    queue_position: int | None
     #: What is trained: the method and its settings, with the learning rate once it is settled.
     adapter: dict[str, Any]
     task: str
@@ -203,10 +205,12 @@ class FineTuningJob(Shown):
     best_step: int | None
     #: The sweep that it was made for.
     sweep: str | None
+    #: The job that it is a retry or a clone of.
+    origin_job: str | None
 
     @classmethod
-    def of(cls, job: Job) -> Self:
-        """Show a row."""
+    def of(cls, job: Job, *, place: int | None = None) -> Self:
+        """Show a row, with its place in the queue."""
         hyperparameters = _hyperparameters(job)
         return cls(
             id=job.id,
@@ -225,8 +229,10 @@ class FineTuningJob(Shown):
             seed=job.seed,
             result_files=job.result_files,
             metadata=job.labels,
+            integrations=job.integrations,
             error=None if job.error is None else JobError(**job.error),
-            progress=job.progress,
+            progress=_progress(job),
+            queue_position=place,
             adapter={**job.adapter, "learning_rate": _learning_rate(job)},
             task=job.task,
             options=job.options,
@@ -234,6 +240,86 @@ class FineTuningJob(Shown):
             stopped_early=job.stopped_early,
             best_step=job.best_step,
             sweep=job.sweep_id,
+            origin_job=job.origin_job,
+        )
+
+
+class JobState(Shown):
+    """What of a job changes while it is worked on."""
+
+    id: str
+    object: Literal["fine_tuning.job.state"] = "fine_tuning.job.state"
+    status: str
+    progress: dict[str, Any] | None
+    queue_position: int | None
+    estimated_finish: int | None
+    #: Higher after each change of the job.
+    version: int
+
+    @classmethod
+    def of(cls, job: Job, *, place: int | None) -> Self:
+        """Show a row, with its place in the queue."""
+        return cls(
+            id=job.id,
+            status=job.status,
+            progress=_progress(job),
+            queue_position=place,
+            estimated_finish=_epoch_or_none(job.estimated_finish),
+            version=job.version,
+        )
+
+
+class JobStates(BaseModel):
+    """States of those of the named jobs that there are."""
+
+    object: Literal["list"] = "list"
+    data: list[JobState]
+
+
+class JobDeleted(BaseModel):
+    """Answer to a deletion."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    deleted: bool = True
+
+
+class JobPlan(BaseModel):
+    """What a request would make, had it not been a trial: fields of the job that are settled before it is made."""
+
+    object: Literal["fine_tuning.job.plan"] = "fine_tuning.job.plan"
+    model: str
+    base_model: str
+    #: The name of the model that it would make, but for the end, which is the job's.
+    fine_tuned_model: str
+    training_file: str
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    method: Method
+    #: As asked for; a trial draws none.
+    seed: int | None
+    metadata: dict[str, str] | None
+    adapter: dict[str, Any]
+    task: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Job, *, seed: int | None, name: str) -> Self:
+        """Show a job that was not made."""
+        hyperparameters = _hyperparameters(job)
+        return cls(
+            model=job.model,
+            base_model=job.base_model,
+            fine_tuned_model=name,
+            training_file=job.training_file,
+            validation_file=job.validation_file,
+            hyperparameters=hyperparameters,
+            method=Method(supervised=SupervisedMethod(hyperparameters=hyperparameters)),
+            seed=seed,
+            metadata=job.labels,
+            adapter={**job.adapter, "learning_rate": _learning_rate(job)},
+            task=job.task,
+            options=job.options,
         )
 
 
@@ -283,6 +369,14 @@ class FineTuningJobCheckpoint(Shown):
             step_number=checkpoint.step_number,
             metrics=checkpoint.metrics,
         )
+
+
+def _progress(job: Job) -> dict[str, Any] | None:
+    """The latest step's numbers, and how much is done; all of it where the run ended before its last step."""
+    if job.progress is None:
+        return None
+    share = job.progress["step"] / max(job.progress["total_steps"], 1)
+    return {"percent": 100.0 if job.status == JobStatus.SUCCEEDED else round(100 * share, 1), **job.progress}
 
 
 def _hyperparameters(job: Job) -> dict[str, Any]:

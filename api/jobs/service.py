@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,30 @@ from sqlalchemy.orm import Session
 
 from api.caller import Caller
 from api.database import new_id, now
-from api.errors import InvalidRequest, ModelNotFound, NotPromotable, UnsupportedParameter
+from api.errors import (
+    InvalidRequest,
+    JobNotDeletable,
+    JobNotRetryable,
+    ModelNotFound,
+    NotPromotable,
+    UnsupportedParameter,
+)
 from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.schemas import Purpose
 from api.jobs import moving
-from api.jobs.models import Checkpoint, Job, JobEvent, JobStatus
-from api.jobs.repository import JobRepository, add_event
+from api.jobs.integrations import check_offered
+from api.jobs.models import ENDED, Checkpoint, Job, JobEvent, JobStatus
+from api.jobs.repository import JobRepository, JobVersion, add_event
+from api.jobs.requests import changed_request
 from api.jobs.schemas import MAX_SEED, JobCreate
 from api.models.models import Adapter
 from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
+from api.settings import Settings
 from api.unit_of_work import UnitOfWork
+from api.webhooks import service as webhooks
 from uora.spec import HyperparameterRequest, parse_adapter
 
 #: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
@@ -44,21 +55,28 @@ class Start:
 
 
 def create(
-    work: UnitOfWork, caller: Caller, *, body: JobCreate, base_models: Collection[str], sweep_id: str | None = None
+    work: UnitOfWork,
+    caller: Caller,
+    *,
+    body: JobCreate,
+    settings: Settings,
+    sweep_id: str | None = None,
+    origin: Job | None = None,
 ) -> Job:
-    """Insert the job, for a sweep if one is named, and ring for its validation.
+    """Insert the job, for a sweep or as one that was made of another if these are named, and ring for its validation.
 
     Raises: as `plan`.
     """
-    job = plan(work.session, caller, body=body, base_models=base_models)
+    job = plan(work.session, caller, body=body, settings=settings)
     job.sweep_id = sweep_id
+    job.origin_job = origin.id if origin else None
     JobRepository(work.session, caller.project_id).add(job)
     add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
     work.ring(TaskName.VALIDATE, job.id)
     return job
 
 
-def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Collection[str]) -> Job:
+def plan(session: Session, caller: Caller, *, body: JobCreate, settings: Settings) -> Job:
     """The job that a request makes, which is not in the session; its files are locked against deletion.
 
     Raises:
@@ -67,8 +85,9 @@ def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Coll
         InvalidRequest: a file that cannot be used, settings that do not go together, or what is not offered.
     """
     _refuse_unsupported(body)
+    check_offered(body.integrations, settings)
     _check_validation_needs(body)
-    start = _find_start(session, caller, body=body, base_models=base_models)
+    start = _find_start(session, caller, body=body, base_models=settings.base_models)
     files = FileRepository(session, caller.project_id)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
@@ -76,12 +95,64 @@ def plan(session: Session, caller: Caller, *, body: JobCreate, base_models: Coll
     return _new_job(caller, body, start)
 
 
+def retry(work: UnitOfWork, caller: Caller, job_id: str, *, settings: Settings) -> Job:
+    """Make the job of a failed or cancelled one's request again, seed included; what became of the first one stays.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotRetryable: it has not ended so.
+        ApiError: as `plan`.
+    """
+    job = get(work.session, caller, job_id)
+    if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+        raise JobNotRetryable(
+            f"The job {job.id} is {job.status}; only a failed or cancelled one can be retried. POST .../clone makes "
+            "a job of the same request at any time."
+        )
+    return create(work, caller, body=changed_request(job, {}), settings=settings, origin=job)
+
+
+def clone(work: UnitOfWork, caller: Caller, job_id: str, *, changes: Mapping[str, Any], settings: Settings) -> Job:
+    """Make a job of another one's request with ``changes``, a JSON merge patch.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        RequestValidationError: with the changes it is no request of a job.
+        ApiError: as `plan`.
+    """
+    job = get(work.session, caller, job_id)
+    return create(work, caller, body=changed_request(job, changes), settings=settings, origin=job)
+
+
+def delete(session: Session, caller: Caller, job_id: str, *, models: bool) -> None:
+    """Delete a job that has ended, with its events, its state, and its checkpoints under whose names no model answers
+    any more. Its model stays, unless ``models``; so do its files.
+
+    Raises:
+        JobNotFound: there is none in the project.
+        JobNotDeletable: it has not ended.
+    """
+    jobs = JobRepository(session, caller.project_id)
+    job = jobs.lock(job_id)
+    if job.status not in ENDED:
+        raise JobNotDeletable(f"The job {job.id} is {job.status}; cancel it first, or wait for its end.")
+    adapters = AdapterRepository(session, caller.project_id)
+    of_job = adapters.list_of_job(job.id)
+    adapters.delete([adapter for adapter in of_job if models or adapter.checkpoint_step is not None])
+    session.flush()
+    jobs.delete(job)
+
+
 def list_jobs(session: Session, caller: Caller, *, query: PageQuery, labels: dict[str, str] | None) -> Page[Job]:
     """A page of the project's jobs that have all of ``labels``; None asks for those without any."""
     jobs = JobRepository(session, caller.project_id)
-    if labels is None:
-        return jobs.page(query, jobs.has_no_labels())
-    return jobs.page(query, *(jobs.has_label(key, value) for key, value in labels.items()))
+    return jobs.page(query, *jobs.has_labels(labels))
+
+
+def list_key(session: Session, caller: Caller, *, query: PageQuery, labels: dict[str, str] | None) -> object:
+    """What changes whenever something is to be seen on the page that `list_jobs` gives."""
+    jobs = JobRepository(session, caller.project_id)
+    return jobs.list_key(query, *jobs.has_labels(labels))
 
 
 def get(session: Session, caller: Caller, job_id: str) -> Job:
@@ -89,10 +160,28 @@ def get(session: Session, caller: Caller, job_id: str) -> Job:
     return JobRepository(session, caller.project_id).get(job_id)
 
 
-def list_events(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[JobEvent]:
-    """A page of a job's events; raises ``JobNotFound``."""
+def get_with_version(session: Session, caller: Caller, job_id: str) -> tuple[Job, JobVersion]:
+    """One job, and what tells its watchers whether it changed; raises ``JobNotFound``."""
     jobs = JobRepository(session, caller.project_id)
-    return jobs.events(jobs.get(job_id), query)
+    job = jobs.get(job_id)
+    return job, JobVersion(
+        job.project_id, job.id, job.seq, job.status, job.version, job.event_count, jobs.places([job]).get(job.seq)
+    )
+
+
+def find_states(session: Session, caller: Caller, job_ids: Collection[str]) -> dict[str, Job]:
+    """Those of the jobs that there are, by id, without what does not change while they are worked on."""
+    return JobRepository(session, caller.project_id).find_states(job_ids)
+
+
+def places(session: Session, caller: Caller, jobs: Iterable[Job]) -> dict[int, int]:
+    """Places in the queue of those jobs that wait in it, by ``seq``."""
+    return JobRepository(session, caller.project_id).places(jobs)
+
+
+def list_events(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[JobEvent]:
+    """A page of a job's events; none of a job that is not there."""
+    return JobRepository(session, caller.project_id).events(job_id, query)
 
 
 def list_checkpoints(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> Page[Checkpoint]:
@@ -101,15 +190,24 @@ def list_checkpoints(session: Session, caller: Caller, *, job_id: str, query: Pa
     return jobs.checkpoints(jobs.get(job_id), query)
 
 
-def cancel(session: Session, caller: Caller, job_id: str) -> Job:
+def checkpoints_key(session: Session, caller: Caller, *, job_id: str, query: PageQuery) -> object:
+    """What changes whenever something is to be seen on the page that `list_checkpoints` gives."""
+    jobs = JobRepository(session, caller.project_id)
+    return jobs.checkpoints_key(jobs.get(job_id), query)
+
+
+def cancel(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
     """End the job where nothing runs yet, else ask its trainer to stop.
 
     Raises:
         JobNotFound: there is none in the project.
         JobNotCancellable: it has ended.
     """
+    session = work.session
     job = JobRepository(session, caller.project_id).get(job_id)
-    return moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    job = moving.until_done(session, job, lambda: moving.try_cancel(session, job))
+    webhooks.ring(work, job.id)
+    return job
 
 
 def pause(session: Session, caller: Caller, job_id: str) -> Job:
@@ -146,7 +244,7 @@ def promote(session: Session, caller: Caller, *, job_id: str, checkpoint_id: str
         NotPromotable: the job has no model, or none of its checkpoints has a validation loss.
     """
     jobs = JobRepository(session, caller.project_id)
-    job = jobs.get(job_id)
+    job = jobs.lock(job_id)  # before its adapter, as whoever deletes the job
     checkpoint = jobs.best_checkpoint(job) if checkpoint_id == BEST else jobs.checkpoint(job, checkpoint_id)
     if checkpoint is None:
         raise NotPromotable(
@@ -212,8 +310,6 @@ def _refuse_unsupported(body: JobCreate) -> None:
             raise UnsupportedParameter(
                 f"method.{name} does not go with the type 'supervised'; leave it out.", param=f"method.{name}"
             )
-    if body.integrations:
-        raise UnsupportedParameter("Integrations are not supported yet; leave them out.", param="integrations")
 
 
 def _check_file(file: File, *, param: str) -> None:
@@ -246,6 +342,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
         suffix=body.suffix,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         labels=body.metadata,
+        integrations=[each.model_dump(mode="json") for each in body.integrations or ()] or None,
         hyperparameters=_hyperparameters(body).model_dump(mode="json"),
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,

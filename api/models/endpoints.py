@@ -9,9 +9,11 @@ from starlette.responses import Response
 
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep
-from api.models import service
+from api.files.upload import multipart_body
+from api.models import importing, service
 from api.models.downloads import AdapterFormat
 from api.models.schemas import Model, ModelDeleted
+from api.models.upload import AdapterUploadDep
 from api.pagination import ListObject
 
 router = APIRouter(prefix="/models", tags=["models"])
@@ -20,6 +22,12 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": _BINARY, "application/zip": _BINARY}}
 }
+_IMPORT_BODY = multipart_body(
+    "base_model",
+    base_model={"type": "string"},
+    suffix={"type": "string"},
+    task={"type": "string", "enum": ["chat", "completion"]},
+)
 
 
 @router.get("")
@@ -27,6 +35,19 @@ def list_models(caller: CallerDep, session: ReadSessionDep, resources: Resources
     """List the project's fine-tuned models and the base models."""
     models = service.list_models(session, caller, base_models=resources.settings.base_models)
     return ListObject.whole(models)
+
+
+@router.post("", openapi_extra=_IMPORT_BODY)
+async def import_model(upload: AdapterUploadDep, caller: CallerDep, resources: ResourcesDep) -> Model:
+    """Make a model of an adapter that was trained elsewhere: ours, or a PEFT LoRA or VeRA folder in a zip or tar."""
+    return await importing.import_adapter(
+        caller,
+        upload,
+        engine=resources.engine,
+        sessions=resources.sessions,
+        queue=resources.queue,
+        settings=resources.settings,
+    )
 
 
 # Before the next route, whose name of a model takes the rest of the path.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from sqlalchemy import delete
+from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select
 
 from api.errors import ModelNotFound
 from api.jobs.models import Checkpoint
 from api.models.models import Adapter
+from api.permissions.models import ModelPermission
+from api.projects.models import Project
 from api.repository import Repository
 
 
@@ -19,14 +21,38 @@ class AdapterRepository(Repository[Adapter]):
     missing = ModelNotFound
     noun = "model"
 
-    def list_final(self) -> Sequence[Adapter]:
-        """All final models, newest first; checkpoints are listed with their job."""
-        final = self.visible().where(Adapter.checkpoint_step.is_(None))
-        return self.session.scalars(final.order_by(Adapter.seq.desc())).all()
+    def usable(self) -> Select[Adapter]:
+        """The project's own, and those that others share with it: to be asked, never to be changed or taken away."""
+        return select(Adapter).where(or_(Adapter.project_id == self.project_id, self._shared()))
+
+    def find_usable(self, name: str) -> Adapter | None:
+        """One of them, or None."""
+        return self.session.scalar(self.usable().where(Adapter.id == name))
+
+    def list_usable(self) -> Sequence[Adapter]:
+        """Of them the project's final ones, whose checkpoints are listed with their job, and all shared ones."""
+        own_final = and_(Adapter.project_id == self.project_id, Adapter.checkpoint_step.is_(None))
+        listed = select(Adapter).where(or_(own_final, self._shared()))
+        return self.session.scalars(listed.order_by(Adapter.seq.desc())).all()
+
+    def owners(self, adapters: Sequence[Adapter]) -> dict[str, str]:
+        """Slugs of the projects that the adapters belong to, by their ids."""
+        ids = {adapter.project_id for adapter in adapters}
+        found = self.session.execute(select(Project.id, Project.slug).where(Project.id.in_(ids)))
+        return {row.id: row.slug for row in found}
 
     def list_of_job(self, job_id: str) -> Sequence[Adapter]:
         """The final model of a job and its checkpoints."""
         return self.session.scalars(self.visible().where(Adapter.job_id == job_id)).all()
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Bytes of the artifacts, by the names of those adapters that there are."""
+        sizes = self.visible().with_only_columns(Adapter.id, func.length(Adapter.artifact).label("size"))
+        return {row.id: row.size for row in self.session.execute(sizes.where(Adapter.id.in_(names)))}
+
+    def _shared(self) -> ColumnElement[bool]:
+        permitted = select(ModelPermission.model).where(ModelPermission.shared_with == self.project_id)
+        return Adapter.id.in_(permitted)
 
     def lock(self, name: str) -> Adapter | None:
         """The row, locked until the transaction ends; None if there is none."""
@@ -36,7 +62,8 @@ class AdapterRepository(Repository[Adapter]):
         """Let ``adapter`` answer as ``source`` does; False if it does already."""
         if adapter.digest == source.digest:
             return False
-        adapter.digest, adapter.manifest, adapter.artifact = source.digest, source.manifest, source.artifact
+        adapter.task, adapter.manifest = source.task, source.manifest
+        adapter.digest, adapter.artifact = source.digest, source.artifact
         return True
 
     def delete(self, adapters: Sequence[Adapter]) -> None:

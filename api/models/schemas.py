@@ -11,7 +11,10 @@ from api.pagination import Shown
 
 
 class Model(Shown):
-    """OpenAI's model, with vLLM's ``parent`` and ``root``: both name the base model of a fine-tuned one."""
+    """OpenAI's model, with vLLM's ``root``, the base model, and ``parent``: what its training started from.
+
+    The parent may have been deleted since.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -28,7 +31,7 @@ class Model(Shown):
             created=int(adapter.created_at.timestamp()),
             owned_by=owner,
             root=adapter.base_model,
-            parent=adapter.base_model,
+            parent=adapter.parent or adapter.base_model,
         )
 
     @classmethod

@@ -48,9 +48,11 @@ def checkpoint_name(name: str, *, step: int) -> str:
 
 
 def list_models(session: Session, caller: Caller, *, base_models: Collection[str]) -> list[Model]:
-    """The project's final models, newest first, and then the base models."""
-    adapters = AdapterRepository(session, caller.project_id).list_final()
-    tuned = [Model.of(adapter, owner=caller.project_slug) for adapter in adapters]
+    """The project's final models and those shared with it, newest first, and then the base models."""
+    repository = AdapterRepository(session, caller.project_id)
+    adapters = repository.list_usable()
+    owners = repository.owners(adapters)
+    tuned = [Model.of(adapter, owner=owners[adapter.project_id]) for adapter in adapters]
     return tuned + [Model.base(name) for name in base_models]
 
 
@@ -58,18 +60,20 @@ def get(session: Session, caller: Caller, *, name: str, base_models: Collection[
     """One model, checkpoints included; raises ``ModelNotFound``."""
     if name in base_models:
         return Model.base(name)
-    return Model.of(_get_adapter(session, caller, name), owner=caller.project_slug)
+    adapter = _get_usable(session, caller, name)
+    owners = AdapterRepository(session, caller.project_id).owners([adapter])
+    return Model.of(adapter, owner=owners[adapter.project_id])
 
 
 def resolve(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> ServedModel:
     """What answers to ``name``. A name that stands for nothing is never answered by a base model.
 
     Raises:
-        ModelNotFound: neither a base model nor one of the project's.
+        ModelNotFound: neither a base model, nor one of the project's, nor one that is shared with it.
     """
     if name in base_models:
         return ServedModel(name=name, base_model=name, adapter=None)
-    adapter = _get_adapter(session, caller, name)
+    adapter = _get_usable(session, caller, name)
     return ServedModel(
         name=name,
         base_model=adapter.base_model,
@@ -85,30 +89,41 @@ def download(
 
     Raises:
         InvalidRequest: it is a base model, or cannot be had in this form.
+        PermissionDenied: it is another project's, which shares its answers only.
         ModelNotFound: there is none in the project.
     """
     if name in base_models:
         raise InvalidRequest(f"{name!r} is a base model; only fine-tuned models have an adapter.", param="model")
-    return make_download(_get_adapter(session, caller, name), form)
+    return make_download(_get_own(session, caller, name), form)
 
 
 def delete(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> None:
     """Delete a checkpoint, or a final model with its checkpoints.
 
     Raises:
-        PermissionDenied: it is a base model.
+        PermissionDenied: it is a base model, or another project's.
         ModelNotFound: there is none in the project.
     """
     if name in base_models:
         raise PermissionDenied(f"{name!r} is a base model; only fine-tuned models can be deleted.", param="model")
     adapters = AdapterRepository(session, caller.project_id)
-    adapter = _get_adapter(session, caller, name)
+    adapter = _get_own(session, caller, name)
     final_of_job = adapter.checkpoint_step is None and adapter.job_id is not None
     adapters.delete(adapters.list_of_job(adapter.job_id) if final_of_job and adapter.job_id else [adapter])
 
 
-def _get_adapter(session: Session, caller: Caller, name: str) -> Adapter:
-    adapter = AdapterRepository(session, caller.project_id).find(name)
+def _get_own(session: Session, caller: Caller, name: str) -> Adapter:
+    adapter = _get_usable(session, caller, name)
+    if adapter.project_id != caller.project_id:
+        raise PermissionDenied(
+            f"The model {name!r} is shared with this project, which may ask it; only its own project may do this.",
+            param="model",
+        )
+    return adapter
+
+
+def _get_usable(session: Session, caller: Caller, name: str) -> Adapter:
+    adapter = AdapterRepository(session, caller.project_id).find_usable(name)
     if adapter is None:
         raise ModelNotFound(
             f"The model {name!r} does not exist or you do not have access to it; GET /v1/models lists yours.",

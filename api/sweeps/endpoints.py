@@ -15,7 +15,7 @@ router = APIRouter(prefix="/fine_tuning/sweeps", tags=["fine-tuning"])
 @router.post("")
 def create_sweep(body: SweepCreate, caller: CallerDep, work: WorkDep, resources: ResourcesDep) -> Sweep:
     """Start a fine-tuning job for each combination of seeds and learning rates."""
-    return service.create(work, caller, body=body, base_models=resources.settings.base_models)
+    return service.create(work, caller, body=body, settings=resources.settings)
 
 
 @router.get("/{sweep_id}")

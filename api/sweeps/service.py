@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -13,12 +12,13 @@ from api.database import new_id
 from api.errors import InvalidRequest
 from api.jobs import service as jobs
 from api.jobs.schemas import MAX_SEED, MAX_SUFFIX, JobCreate
+from api.settings import Settings
 from api.sweeps.repository import SweepRepository
 from api.sweeps.schemas import Sweep, SweepCreate
 from api.unit_of_work import UnitOfWork
 
 
-def create(work: UnitOfWork, caller: Caller, *, body: SweepCreate, base_models: Collection[str]) -> Sweep:
+def create(work: UnitOfWork, caller: Caller, *, body: SweepCreate, settings: Settings) -> Sweep:
     """Insert one job for each combination: all of them, or none.
 
     Raises:
@@ -32,7 +32,7 @@ def create(work: UnitOfWork, caller: Caller, *, body: SweepCreate, base_models: 
         body = body.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
     for seed, learning_rate in body.sweep.combinations():
         one = _job_body(body, seed=seed, learning_rate=learning_rate)
-        jobs.create(work, caller, body=one, base_models=base_models, sweep_id=sweep_id)
+        jobs.create(work, caller, body=one, settings=settings, sweep_id=sweep_id)
     return get(work.session, caller, sweep_id)
 
 

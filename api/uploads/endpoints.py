@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, Depends, Request
 
 from api.auth import CallerDep
 from api.dependencies import ResourcesDep, SessionDep, WorkDep
-from api.files.upload import ReceivedFile, receive_form
+from api.files.upload import multipart_body, receive_file
 from api.uploads import service
 from api.uploads.schemas import UploadComplete, UploadCreate, UploadObject, UploadPartObject
 
 router = APIRouter(prefix="/uploads", tags=["files"])
-
-_PART_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["data"],
-                    "properties": {"data": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
 
 
 def check_pending(upload_id: str, caller: CallerDep, resources: ResourcesDep) -> None:
@@ -37,19 +22,17 @@ def check_pending(upload_id: str, caller: CallerDep, resources: ResourcesDep) ->
         service.get_pending(session, caller, upload_id)
 
 
-async def receive_part(
-    request: Request, _pending: Annotated[None, Depends(check_pending)]
-) -> AsyncIterator[ReceivedFile]:
+async def receive_part(request: Request, _pending: Annotated[None, Depends(check_pending)]) -> AsyncIterator[BinaryIO]:
     """A part's bytes, from its form.
 
     Raises:
         InvalidRequest: not multipart, or no part ``data`` in it.
     """
-    async with receive_form(request, "data") as (received, _form):
-        yield received
+    async with receive_file(request, name="data") as (_form, received):
+        yield received.file
 
 
-PartDep = Annotated[ReceivedFile, Depends(receive_part)]
+PartDep = Annotated[BinaryIO, Depends(receive_part)]
 
 
 @router.post("")
@@ -59,7 +42,7 @@ def create_upload(body: UploadCreate, caller: CallerDep, session: SessionDep, re
     return UploadObject.of(service.create(session, caller, body=body, max_bytes=max_bytes))
 
 
-@router.post("/{upload_id}/parts", openapi_extra=_PART_BODY)
+@router.post("/{upload_id}/parts", openapi_extra=multipart_body(name="data"))
 def create_part(
     upload_id: str, caller: CallerDep, work: WorkDep, resources: ResourcesDep, received: PartDep
 ) -> UploadPartObject:
@@ -68,7 +51,7 @@ def create_part(
         work,
         caller,
         upload_id=upload_id,
-        source=received.source,
+        source=received,
         storage=resources.storage,
         max_bytes=resources.settings.max_part_bytes,
     )

@@ -83,9 +83,12 @@ def live_service(
             base_models={"tiny": "path:/nowhere", "org/slashed": "path:/nowhere"},
             engine_token=TOKEN,
             max_upload_bytes=1_000_000,
+            max_part_bytes=200_000,
             max_json_bytes=200_000,
             max_inline_adapter_bytes=100_000,
             engine_max_rows=4,
+            max_adapter_bytes=200_000,
+            webhook_allow_private=True,
         )
         for base_model in ("tiny", "org/slashed"):
             register_engine(sessions, engine_url, base_model=base_model)

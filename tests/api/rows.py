@@ -64,6 +64,7 @@ def add_adapter(
         project_id=tenant.project_id,
         job_id=job.id,
         base_model=job.base_model,
+        parent=job.warm_start,
         checkpoint_step=step,
         digest=("d" if step is None else str(step)[-1]) * 64,
         manifest={"format": 1, "adapter": job.adapter, "task": job.task},

@@ -13,7 +13,11 @@ from api.caller import Caller
 from api.files.repository import FileRepository
 from api.jobs.repository import JobRepository
 from api.models.repository import AdapterRepository
+from api.permissions.repository import PermissionRepository
+from api.reports.repository import ReportRepository
 from api.sweeps.repository import SweepRepository
+from api.uploads.repository import UploadRepository
+from api.webhooks.repository import EndpointRepository
 from tests.api.support import ROOT
 
 SOURCES = sorted((ROOT / "api").rglob("*.py"))
@@ -61,7 +65,19 @@ def test_the_environment_is_read_in_the_settings_only(path: Path) -> None:
     assert not used & {"environ", "getenv"}
 
 
-@pytest.mark.parametrize("repository", [FileRepository, JobRepository, AdapterRepository, SweepRepository])
+@pytest.mark.parametrize(
+    "repository",
+    [
+        FileRepository,
+        JobRepository,
+        AdapterRepository,
+        SweepRepository,
+        PermissionRepository,
+        EndpointRepository,
+        ReportRepository,
+        UploadRepository,
+    ],
+)
 def test_a_repository_needs_a_project(repository: type[FileRepository]) -> None:
     with pytest.raises(TypeError):
         repository(None)  # type: ignore[arg-type, call-arg]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from datetime import timedelta
 
 import openai
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.caller import CALLER_SECONDS
 from api.database import now
 from api.errors import Conflict, InvalidRequest
 from api.projects.models import ApiKey, Project
 from api.projects.service import KEY_PREFIX, create_api_key, create_project, ensure_project, revoke_api_key
 from tests.api.support import Service, Tenant
+
+
+def wait_until_forgotten() -> None:
+    """Until a key that was found good is looked for again."""
+    time.sleep(CALLER_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +47,14 @@ def test_without_a_known_key_there_is_no_answer(service: Service, header: str | 
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_revoked_key_is_refused_at_once(service: Service) -> None:
+def test_a_revoked_key_is_refused_within_a_second(service: Service) -> None:
     client = service.client()
     client.models.list()
     with service.sessions.begin() as session:
         assert revoke_api_key(session, service.tenant.key)
         assert not revoke_api_key(session, service.tenant.key)
         assert not revoke_api_key(session, "sk-uora-unknown")
+    wait_until_forgotten()
     with pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
@@ -86,6 +94,7 @@ def test_the_time_of_use_is_noted_about_once_a_minute(service: Service) -> None:
         session.query(ApiKey).filter_by(project_id=service.tenant.project_id).update(
             {"last_used_at": now() - timedelta(minutes=5)}
         )
+    wait_until_forgotten()
     service.client().models.list()
     assert last_used() >= first  # type: ignore[operator]
 

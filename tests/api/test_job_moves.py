@@ -14,6 +14,7 @@ from api.caller import Caller
 from api.jobs import service as jobs
 from api.jobs.models import MOVES, Job, JobStatus
 from api.jobs.repository import move_job, request_cancel
+from api.unit_of_work import UnitOfWork
 from tests.api.rows import add_job
 from tests.api.support import Tenant
 
@@ -93,6 +94,6 @@ def test_a_cancellation_meets_a_job_that_has_just_started(rows: Rows, database: 
                 with rows.sessions.begin() as trainer:
                     assert move_job(trainer, job_id, source=JobStatus.QUEUED, target=JobStatus.RUNNING)
 
-        job = jobs.cancel(session, caller, job_id)
+        job = jobs.cancel(UnitOfWork(session), caller, job_id)
         session.commit()
     assert (job.status, job.cancel_requested) == (JobStatus.RUNNING, True)

@@ -247,7 +247,7 @@ class TestRead:
         assert shown.method.supervised.hyperparameters
         assert shown.method.supervised.hyperparameters.n_epochs == spec.hyperparameters.n_epochs
         assert shown.adapter["learning_rate"] == spec.learning_rate  # type: ignore[attr-defined]
-        assert shown.progress == {"step": 5, "total_steps": 5}  # type: ignore[attr-defined]
+        assert shown.progress == {"percent": 100.0, "step": 5, "total_steps": 5}  # type: ignore[attr-defined]
         assert shown.trained_tokens == 1234
         assert shown.finished_at
         assert abs(shown.finished_at - now().timestamp()) < 60

@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from api.jobs.models import JobStatus
 from api.models.models import Adapter
@@ -63,6 +64,30 @@ def test_the_list_has_base_models_and_final_ones(service: Service, client: OpenA
     assert models[tuned.final].parent == models[tuned.final].root == "org/slashed"  # type: ignore[attr-defined]
     assert models["tiny"].parent is None  # type: ignore[attr-defined]
     assert {model.id for model in service.client(service.stranger).models.list()} == {"tiny", "org/slashed"}
+
+
+def test_a_model_says_what_it_was_trained_from(service: Service, client: OpenAI, tuned: Tuned) -> None:
+    """Also when that is not there any more."""
+    with service.sessions.begin() as session:
+        job = add_job(
+            session,
+            service.tenant,
+            status=JobStatus.SUCCEEDED,
+            model=tuned.first,
+            base_model="org/slashed",
+            warm_start=tuned.first,
+        )
+        name = add_adapter(session, service.tenant, job).id
+    for _ in range(2):
+        found = client.models.retrieve(name)
+        assert (found.parent, found.root) == (tuned.first, "org/slashed")  # type: ignore[attr-defined]
+        if tuned.first in {each.fine_tuned_model_checkpoint for each in checkpoints(client, tuned)}:
+            client.models.delete(tuned.final)
+    assert checkpoints(client, tuned) == []
+
+
+def checkpoints(client: OpenAI, tuned: Tuned) -> list[FineTuningJobCheckpoint]:
+    return list(client.fine_tuning.jobs.checkpoints.list(tuned.job_id))
 
 
 def test_each_model_is_found_by_its_name(client: OpenAI, tuned: Tuned) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.api.support import postgres_refusal
 from uora.spec import METHODS
 from worker.up import ROOT
 
@@ -68,3 +69,23 @@ def test_serving() -> None:
     assert result["bytes_10000"] == 10_000 * 2 * numbers  # bfloat16
     assert result["vs_peft_mixed_lora"] > 0
     assert result["batch1_latency_vs_generate"] > 0
+
+
+@pytest.mark.postgres
+def test_residency() -> None:
+    """The engine's parts follow a real database, or the benchmark ends with an error."""
+    refusal = postgres_refusal()
+    if refusal is not None:
+        pytest.skip(refusal)
+    result = smoke("residency")
+    assert result["rows"] == 300
+    assert result["resident_bytes"] == 300 * {"bfloat16": 61_440, "float32": 122_880}[result["dtype"]]
+    times = ("load_seconds", "commit_to_resident_p50_ms", "commit_to_resident_p95_ms", "deletion_p95_ms", "poll_ms")
+    assert all(result[name] > 0 for name in times)
+
+
+@pytest.mark.postgres
+def test_the_api_beside_a_constant_answer() -> None:
+    result = smoke("api")  # which fails if any answer is another than it should be
+    for name in ("poll_vs_constant", "poll304_vs_constant", "poll_p99_ms_under_load", "growth_100_to_10000"):
+        assert result[name] > 0

@@ -27,7 +27,7 @@ def test_an_engine_runs_for_each_base_model() -> None:
     manager = make_manager(host="127.0.0.1", port=8000, settings=settings)
     commands = dict(parse_procfile((ROOT / "Procfile").read_text()).processes)
     processes = manager._processes
-    assert processes.keys() == {"api", "trainer", "sweeper", "engine.1", "engine.2", "engine.3", "engine.4"}
+    assert processes.keys() == {"api", "trainer", "sweeper", "webhooks", "engine.1", "engine.2", "engine.3", "engine.4"}
     for name, process in processes.items():
         assert process["obj"].cmd == f"exec {commands[name.partition('.')[0]]}"
     environments = [processes[f"engine.{number}"]["obj"].env for number in range(1, 5)]

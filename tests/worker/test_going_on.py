@@ -22,7 +22,7 @@ from api.database import now
 from api.jobs import service as jobs
 from api.jobs.models import Job, JobStatus, TrainingState
 from api.models.models import Adapter
-from api.unit_of_work import open_unit_of_work
+from api.unit_of_work import UnitOfWork, open_unit_of_work
 from tests.worker import fake_training
 from tests.worker.artifacts import make_artifact
 from tests.worker.fake_training import learned, number_of
@@ -210,12 +210,12 @@ def test_a_cancel_drops_the_state(any_service: Service, held: Resources) -> None
     with training(held, running):
         wait_for_state(any_service, running)
         with any_service.sessions.begin() as session:
-            jobs.cancel(session, user(any_service), running)
+            jobs.cancel(UnitOfWork(session), user(any_service), running)
     with training(worker_of(any_service), paused):
         wait_for_state(any_service, paused)
         pause(any_service, paused)
     with any_service.sessions.begin() as session:
-        jobs.cancel(session, user(any_service), paused)
+        jobs.cancel(UnitOfWork(session), user(any_service), paused)
 
     for job_id in (running, paused):
         assert any_service.job(job_id).status == "cancelled"

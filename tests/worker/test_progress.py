@@ -56,6 +56,12 @@ def stored_files(service: Service) -> list[str]:
     return [path.name for path in service.settings.storage_dir.iterdir()]
 
 
+def test_a_model_names_what_it_was_trained_from(any_service: Service) -> None:
+    for warm_start in (None, "ft:tiny:acme:older:12345678"):
+        succeed(any_service, any_service.claim(any_service.add_job(warm_start=warm_start)))
+        assert any_service.adapters()[-1].parent == warm_start
+
+
 class TestSteps:
     def test_a_step_is_an_event_and_the_progress(self, any_service: Service) -> None:
         lease = any_service.claim(any_service.add_job())

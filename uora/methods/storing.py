@@ -121,18 +121,17 @@ def restore_artifact(model: PeftModel, artifact: Artifact, *, base: BaseWeights,
 
 
 def _check(model: nn.Module, manifest: Manifest, base: BaseWeights) -> None:
-    check_modules(model, manifest)
+    check_modules(targets.linears(model), manifest)
     found = adapter_fingerprint(manifest.adapter, manifest.modules, base)
     check_fingerprint(manifest.fingerprint, found)
 
 
-def check_modules(base_model: nn.Module, manifest: Manifest) -> None:
-    """Make sure that a base model has an adapter's modules.
+def check_modules(existing: Mapping[str, ModuleShape], manifest: Manifest) -> None:
+    """Make sure that a base model has an adapter's modules; ``existing`` are its `targets.linears`.
 
     Raises:
         ShapeError: it has not, or of other sizes.
     """
-    existing = targets.linears(base_model)
     for module in manifest.modules:
         found = existing.get(module.name)
         if found != module:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,113 +27,22 @@ from uora.frames import check_fingerprint
 from uora.layout import ModuleShape
 from uora.methods import adapter_fingerprint, check_modules
 from uora.quantised import keep_weight_layout
-from uora.serving.families import FamilyBatch, ServingFamily, family_of
+from uora.serving.composition import Composition, Group, Modules
+from uora.serving.families import ServingFamily, family_of
+from uora.serving.heads import Heads
 from uora.serving.products import product
 from uora.serving.rows import Row
 from uora.svd import BaseWeights
 
 
-class HeadStore(Protocol):
-    """Where the heads of classifiers are kept (``uora.serving.heads``)."""
-
-    def put(self, artifact: Artifact) -> None:
-        """Make an adapter's head resident."""
-
-    def remove(self, digest: str) -> None:
-        """Free it."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The rows of one batch that belong to one family."""
-
-    batch: FamilyBatch
-    places: Tensor | None  # (k,) their places in the batch; None when they are the whole batch
-
-    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
-        """Add these rows' updates to ``out (rows, n, outs)``, of modules that all read ``x (rows, n, in)``."""
-        adapted = {module: place for module, place in modules.items() if module in self.batch}
-        own = x if self.places is None else x.index_select(0, self.places)
-        update, factor = self.batch.update(list(adapted), own)
-        start = 0
-        for place in _neighbours(adapted.values()):
-            part = slice(start, start + place.stop - place.start)
-            self._add(out[..., place], update[..., part], None if factor is None else factor[..., part])
-            start = part.stop
-
-    def _add(self, out: Tensor, update: Tensor, factor: Tensor | None) -> None:
-        if self.places is not None:
-            out.index_add_(0, self.places, update if factor is None else update * factor)
-        elif factor is None:
-            out.add_(update)
-        else:
-            out.addcmul_(update, factor)
-
-
-def _neighbours(places: Iterable[slice]) -> list[slice]:
-    """Places in their order, those that touch as one."""
-    found: list[slice] = []
-    for place in places:
-        if found and found[-1].stop == place.start:
-            found[-1] = slice(found[-1].start, place.stop)
-        else:
-            found.append(place)
-    return found
-
-
-@dataclass(frozen=True)
-class Composition:
-    """Whose row stands where in a batch: made when requests join or leave, used for all steps in between."""
-
-    rows: tuple[Row | None, ...]
-    groups: tuple[_Group, ...]
-    #: Tokens of each row where a batch is its tokens end to end; None where the rows are the first dimension.
-    lengths: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """Rows, or tokens where the batch is its tokens end to end."""
-        return len(self.rows) if self.lengths is None else sum(self.lengths)
-
-    def spread(self, lengths: Sequence[int]) -> Composition:
-        """For a batch that is its tokens end to end, ``lengths[i]`` of row i."""
-        if self.lengths == tuple(lengths):
-            return self
-        if max(lengths, default=1) == 1:
-            return Composition(self.rows, self.groups, tuple(lengths))
-        starts = list(accumulate(lengths, initial=0))
-        groups = []
-        for group in self.groups:
-            members = range(len(lengths)) if group.places is None else group.places.tolist()
-            batch = group.batch.spread([lengths[row] for row in members])
-            places = None
-            if group.places is not None:
-                tokens = [place for row in members for place in range(starts[row], starts[row + 1])]
-                places = torch.tensor(tokens, device=group.places.device)
-            groups.append(_Group(batch, places))
-        return Composition(self.rows, tuple(groups), tuple(lengths))
-
-    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
-        """Add each row's own update to the outputs ``(..., outs)`` of modules that all read ``x (..., in)``.
-
-        ``modules`` have their places among the outputs, in their order.
-        """
-        groups = [group for group in self.groups if any(module in group.batch for module in modules)]
-        if not groups:
-            return
-        x = x.reshape(self.size, -1, x.shape[-1])
-        out = out.view(self.size, -1, out.shape[-1])
-        for group in groups:
-            group.add(modules, x, out)
-
-
 class BankedLinear(nn.Module):
     """A linear layer of the base model that adds to each row of a batch its own adapter's update."""
 
-    def __init__(self, base_layer: nn.Module, name: str, bank: AdapterBank) -> None:
+    def __init__(self, base_layer: nn.Module, shape: ModuleShape, bank: AdapterBank) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.name = name
+        self.name = shape.name
+        self._here = Modules({shape.name: slice(0, shape.out_features)})
         # A list hides the bank from nn.Module, which would count it as a part of every layer.
         self._bank = [bank]
 
@@ -156,7 +63,7 @@ class BankedLinear(nn.Module):
         # 49,152 tokens and 16 rows) where copying the activations costs nothing.
         x = x.contiguous()
         result: Tensor = self._product(x)
-        self._bank[0].add({self.name: slice(0, result.shape[-1])}, x, result)
+        self._bank[0].add(self._here, x, result)
         return result
 
 
@@ -197,7 +104,7 @@ class AdapterBank:
         base_digest: str,
         cache_dir: Path | None = None,
         weights: BaseWeights | None = None,
-        heads: HeadStore | None = None,
+        heads: Heads | None = None,
         budget: int | None = None,
     ) -> None:
         """Put a `BankedLinear` in the place of every linear layer of ``model``.
@@ -207,16 +114,17 @@ class AdapterBank:
             base_digest: its weights' digest; adapters of another base are refused.
             cache_dir: disk cache of frames and singular vectors, where ``weights`` brings none.
             weights: the base model's own weights; None takes them from ``model``, as it is.
-            heads: where heads of classifiers go; None where there are none.
+            heads: of the model, if its adapters are classifiers.
             budget: bytes for adapters, a quarter of it for those with matrices (LoRA), so that these do not drive out
                 thousands of others. Beyond it, those used least recently go. None keeps all.
         """
         self.base_digest = base_digest
         self.manifests: dict[str, Manifest] = {}
+        #: The base model's layers that adapters can have.
+        self.linears = targets.linears(model)
         #: Whose rows the running forward has; nothing between forwards.
         self.composition: Composition | None = None
         self._outputs: Composition | None = None
-        self._model = model
         self._base = weights or BaseWeights.of_model(model, digest=base_digest, cache_dir=cache_dir)
         self._heads = heads
         matrices = None if budget is None else budget // 4
@@ -226,12 +134,13 @@ class AdapterBank:
         self._lock = threading.RLock()
         parameter = next(model.parameters())
         self._device = parameter.device
-        self._dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        #: Of the resident adapters' numbers.
+        self.dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         self._output_name = _output_name(model)
         keep_weight_layout(model)
-        for name in targets.linears(model):
+        for name, shape in self.linears.items():
             parent_name, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), attribute, BankedLinear(model.get_submodule(name), name, self))
+            setattr(model.get_submodule(parent_name), attribute, BankedLinear(model.get_submodule(name), shape, self))
 
     def __contains__(self, digest: str) -> bool:
         return digest in self.manifests
@@ -258,17 +167,22 @@ class AdapterBank:
                 f"this one has {self.base_digest[:16]}.... Serve it on its own base model.",
                 code="base_model_mismatch",
             )
-        check_modules(self._model, manifest)
+        check_modules(self.linears, manifest)
         found = adapter_fingerprint(manifest.adapter, manifest.modules, self._base)
         check_fingerprint(manifest.fingerprint, found)
 
     def row_of(self, artifact: Artifact) -> Row:
-        """An adapter as this bank would have it, without taking it in."""
+        """An adapter as this bank would have it, without taking it in.
+
+        Raises:
+            ShapeError: its head is of another kind of model.
+        """
         numbers = family_of(artifact.manifest.adapter, self._base).numbers(artifact)
-        in_place = {name: tensor.to(self._device, self._dtype) for name, tensor in numbers.items()}
+        in_place = {name: tensor.to(self._device, self.dtype) for name, tensor in numbers.items()}
         # Ten thousand adapters of a service have the same few lists of modules, each larger than an adapter's vectors.
         modules = self._module_lists.setdefault(artifact.manifest.modules, artifact.manifest.modules)
-        return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place)
+        head = {} if self._heads is None else self._heads.parameters(artifact)
+        return Row(artifact.manifest.model_copy(update={"modules": modules}), in_place, head)
 
     def put(self, artifact: Artifact) -> Row:
         """Make a checked adapter resident; one that is resident already stays as it is.
@@ -287,8 +201,8 @@ class AdapterBank:
             resident = self.find(row.digest)
             if resident is not None:
                 return resident
-            for digest in self._take(row, artifact):
-                self._forget(digest)
+            for digest in self._take(row):
+                del self.manifests[digest]
             return row
 
     def put_if_room(self, artifact: Artifact) -> bool:
@@ -309,7 +223,7 @@ class AdapterBank:
             pool = self._pool(row.manifest)
             if not pool.has_room(row):
                 return False
-            self._take(row, artifact)
+            self._take(row)
             pool.rows.move_to_end(row.digest, last=False)
             return True
 
@@ -347,19 +261,11 @@ class AdapterBank:
         """Let an adapter go, if it is resident. Requests that hold its row go on with it."""
         with self._lock:
             if digest in self:
-                self._pool(self.manifests[digest]).remove(digest)
-                self._forget(digest)
+                self._pool(self.manifests.pop(digest)).remove(digest)
 
-    def _take(self, row: Row, artifact: Artifact) -> list[str]:
-        if self._heads is not None:
-            self._heads.put(artifact)  # before the row: it refuses heads of another model
+    def _take(self, row: Row) -> list[str]:
         self.manifests[row.digest] = row.manifest
         return self._pool(row.manifest).put(row)
-
-    def _forget(self, digest: str) -> None:
-        del self.manifests[digest]
-        if self._heads is not None:
-            self._heads.remove(digest)
 
     def _pool(self, manifest: Manifest) -> _Pool:
         return self._pools[family_of(manifest.adapter, self._base).heavy]
@@ -374,7 +280,7 @@ class AdapterBank:
         for family, places in members.items():
             batch = family.batch([row for place in places if (row := rows[place]) is not None])
             whole = len(places) == len(rows)
-            groups.append(_Group(batch, None if whole else torch.tensor(places, device=self._device)))
+            groups.append(Group(batch, None if whole else torch.tensor(places, device=self._device)))
         return Composition(tuple(rows), tuple(groups))
 
     @contextmanager
@@ -403,11 +309,11 @@ class AdapterBank:
 
     def adapts_outputs(self, composition: Composition) -> bool:
         """Whether any row adapts the output embeddings."""
-        return any(self._output_name in group.batch for group in composition.groups if self._output_name)
+        return self._output_name is not None and composition.adapts(self._output_name)
 
-    def add(self, modules: Mapping[str, slice], x: Tensor, out: Tensor) -> None:
+    def add(self, modules: Modules, x: Tensor, out: Tensor) -> None:
         """Add the running batch's updates, as `Composition.add` does."""
-        composition = self._outputs if self._output_name in modules else self.composition
+        composition = self._outputs if self._output_name in modules.places else self.composition
         if composition is not None:
             composition.add(modules, x, out)
 

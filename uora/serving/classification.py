@@ -13,6 +13,7 @@ from uora.artifact import Manifest
 from uora.models import ModelInputs
 from uora.serving.bank import AdapterBank
 from uora.serving.heads import Heads
+from uora.serving.rows import Row
 
 #: A text, a pair of texts, or an image file's bytes.
 Item = str | tuple[str, str] | bytes
@@ -21,7 +22,7 @@ Prediction = dict[str, float] | float
 
 
 class Classifier:
-    """A base model with a head. One thread calls it; it alone touches the model and the bank."""
+    """A base model with a head. One thread calls it; it alone touches the model."""
 
     def __init__(self, model: PreTrainedModel, inputs: ModelInputs, bank: AdapterBank, heads: Heads) -> None:
         """
@@ -45,17 +46,18 @@ class Classifier:
         """
         if len(items) != len(digests):
             raise ValueError(f"{len(items)} items and {len(digests)} adapters; expected one adapter for each item")
-        return self.answer([self._inputs.encode_item(item) for item in items], digests)
+        rows = [self._bank.row(digest) for digest in digests]
+        return self.answer([self._inputs.encode_item(item) for item in items], rows)
 
     @torch.inference_mode()
-    def answer(self, rows: Sequence[Any], digests: Sequence[str]) -> list[Prediction]:
-        """`predict` for items that ``ModelInputs.encode_item`` has made rows of."""
-        if not rows:
+    def answer(self, encoded: Sequence[Any], adapters: Sequence[Row]) -> list[Prediction]:
+        """`predict` for items as ``ModelInputs.encode_item`` gives them, and rows that their caller holds."""
+        if not encoded:
             return []
-        batch = {name: tensor.to(self._model.device) for name, tensor in self._inputs.collate(rows).items()}
-        with self._bank.serving(digests), self._heads.serving(digests):
+        batch = {name: tensor.to(self._model.device) for name, tensor in self._inputs.collate(encoded).items()}
+        with self._bank.running(self._bank.compose(adapters)), self._heads.serving(adapters):
             logits = self._model(**batch).logits.float().cpu()
-        return [_prediction(row, self._bank.manifests[digest]) for row, digest in zip(logits, digests, strict=True)]
+        return [_prediction(each, row.manifest) for each, row in zip(logits, adapters, strict=True)]
 
 
 def _prediction(logits: Tensor, manifest: Manifest) -> Prediction:

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol, Self, assert_never
 
@@ -21,13 +22,14 @@ from uora.artifact import Artifact
 from uora.convert import scale
 from uora.delta import Family
 from uora.layout import VERA_INIT, Array, pair_rank
-from uora.serving.products import down_product, up_product
+from uora.serving.products import Product, down_product, up_product
 from uora.serving.rows import Row, Stack
 from uora.spec import AdapterSpec, LoraSpec, OloraSpec, OsoraSpec, UoraSpec, VeraSpec
 from uora.svd import BaseWeights, osora_update
 
-#: The updates of some modules side by side, ``(rows, n, outs)``: a product, times the factor where there is one.
-Update = tuple[Tensor, Tensor | None]
+#: From ``x (rows, n, in)`` to updates of some modules side by side, ``(rows, n, outs)``, in the dtype of ``x``: a
+#: product, to be multiplied by the factor where there is one.
+Updates = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 #: Tokens up to which the products of several modules with their second frames are one, though half of it is zeros.
 _FEW_TOKENS = 64
 
@@ -41,8 +43,8 @@ class FamilyBatch(Protocol):
     def spread(self, lengths: Sequence[int]) -> Self:
         """Row i repeated ``lengths[i]`` times: as many rows as there are tokens."""
 
-    def update(self, modules: Sequence[str], x: Tensor) -> Update:
-        """The updates of modules that all read ``x (rows, n, in)``, side by side, in the dtype of ``x``."""
+    def updates(self, modules: tuple[str, ...]) -> Updates:
+        """The updates of modules that read the same input: asked for once, computed in many steps."""
 
 
 class ServingFamily(Protocol):
@@ -123,58 +125,93 @@ class FrameBatch:
             b: of each module, ``(rows, out)``.
         """
         self._frames, self._index, self._blend, self._scale, self._b = frames, index, blend, scale, b
-        self._joined: dict[tuple[str, ...], _Joined] = {}
+        self._repeats: Tensor | None = None
+        self._vectors: dict[tuple[str, ...], _FrameVectors] = {}
 
     def __contains__(self, module: str) -> bool:
         return module in self._index
 
     def spread(self, lengths: Sequence[int]) -> FrameBatch:
-        """Row i repeated ``lengths[i]`` times."""
-        index = _repeats(lengths, self._scale.device)
-        blend = None if self._blend is None else self._blend.index_select(0, index)
-        b = {module: rows.index_select(0, index) for module, rows in self._b.items()}
-        return FrameBatch(self._frames, self._index, blend=blend, scale=self._scale.index_select(0, index), b=b)
+        """Row i repeated ``lengths[i]`` times, which is done layer by layer, where the numbers are needed."""
+        spread = copy(self)
+        spread._repeats = _repeats(lengths, self._scale.device)
+        return spread
 
-    def update(self, modules: Sequence[str], x: Tensor) -> Update:
+    def updates(self, modules: tuple[str, ...]) -> Updates:
         """The product with A is one for all modules, and so is, for few tokens, the one with their Bs."""
-        own = self._of(tuple(modules), x)
-        rows, n, features = x.shape
-        both = own.blend is not None
-        down = down_product(self._frames, features, both=both, like=x)(x).view(rows, n, 1, -1, self._frames.r)
-        if own.blend is not None:
-            start, target = own.blend
-            down = torch.addcmul(down[..., :1, :] * start, down[..., 1:, :], target)
-        scaled = (down * own.scale).flatten(3)  # (rows, n, modules, frames * r)
-        if rows * n <= _FEW_TOKENS:
-            return up_product(self._frames, own.outs, both=both, like=x)(scaled.flatten(2)), own.b
-        ups = [up_product(self._frames, (out,), both=both, like=x) for out in own.outs]
-        return torch.cat([up(scaled[:, :, place]) for place, up in enumerate(ups)], dim=-1), own.b
+        if modules not in self._vectors:
+            self._vectors[modules] = self._vectors_of(modules)
+        return FrameUpdates(self._frames, self._vectors[modules], self._repeats)
 
-    def _of(self, modules: tuple[str, ...], x: Tensor) -> _Joined:
-        """Put together at the first step of a composition."""
-        if modules not in self._joined:
-            places = [self._index[module] for module in modules]
-            blend = None
-            if self._blend is not None:
-                own = self._blend[:, places].to(x.dtype).unsqueeze(1)  # (rows, 1, modules, 2, r)
-                blend = own[..., :1, :].contiguous(), own[..., 1:, :].contiguous()
-            self._joined[modules] = _Joined(
-                outs=tuple(self._b[module].shape[-1] for module in modules),
-                blend=blend,
-                scale=self._scale[:, places].to(x.dtype).unsqueeze(1),
-                b=torch.cat([self._b[module] for module in modules], dim=-1).to(x.dtype).unsqueeze(1),
-            )
-        return self._joined[modules]
+    def _vectors_of(self, modules: tuple[str, ...]) -> _FrameVectors:
+        places = [self._index[module] for module in modules]
+        blend = None
+        if self._blend is not None:
+            own = self._blend[:, places].unsqueeze(1)  # (rows, 1, modules, 2, r)
+            blend = own[..., :1, :].contiguous(), own[..., 1:, :].contiguous()
+        return _FrameVectors(
+            outs=tuple(self._b[module].shape[-1] for module in modules),
+            blend=blend,
+            scale=self._scale[:, places].unsqueeze(1),
+            b=torch.cat([self._b[module] for module in modules], dim=-1).unsqueeze(1),
+        )
 
 
 @dataclass(frozen=True)
-class _Joined:
+class _FrameVectors:
     """The numbers of modules that read the same input: their ``outs``, blend, scale and b, as they are multiplied."""
 
     outs: tuple[int, ...]
     blend: tuple[Tensor, Tensor] | None
     scale: Tensor
     b: Tensor
+
+    def repeat(self, index: Tensor) -> _FrameVectors:
+        """Row ``index[i]`` as row i."""
+        return self._each(lambda numbers: numbers.index_select(0, index))
+
+    def to(self, dtype: torch.dtype) -> _FrameVectors:
+        """In the precision of the layers that they are added to."""
+        return self._each(lambda numbers: numbers.to(dtype))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _FrameVectors:
+        blend = None if self.blend is None else (change(self.blend[0]), change(self.blend[1]))
+        return _FrameVectors(self.outs, blend, change(self.scale), change(self.b))
+
+
+class FrameUpdates:
+    """The updates of modules that read the same input: two products and four operations around them."""
+
+    def __init__(self, frames: Family, vectors: _FrameVectors, repeats: Tensor | None) -> None:
+        self._frames, self._vectors, self._repeats = frames, vectors, repeats
+        self._down: Product | None = None
+        self._up: dict[bool, Product] = {}  # by whether the tokens are few
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`Updates`."""
+        rows, n, _ = x.shape
+        if self._down is None:
+            self._vectors = self._vectors.to(x.dtype)
+            self._down = down_product(self._frames, x.shape[-1], both=self._vectors.blend is not None, like=x)
+        own = self._vectors if self._repeats is None else self._vectors.repeat(self._repeats)
+        down = self._down(x).view(rows, n, 1, -1, self._frames.r)
+        if own.blend is not None:
+            start, target = own.blend
+            down = torch.addcmul(down[..., :1, :] * start, down[..., 1:, :], target)
+        return self._up_of(few=rows * n <= _FEW_TOKENS, like=x)((down * own.scale).flatten(2)), own.b
+
+    def _up_of(self, *, few: bool, like: Tensor) -> Product:
+        """From ``(rows, n, modules * frames * r)``."""
+        if few not in self._up:
+            self._up[few] = self._make_up(few=few, like=like)
+        return self._up[few]
+
+    def _make_up(self, *, few: bool, like: Tensor) -> Product:
+        outs, both = self._vectors.outs, self._vectors.blend is not None
+        if few or len(outs) == 1:
+            return up_product(self._frames, outs, both=both, like=like)
+        ups = [up_product(self._frames, (out,), both=both, like=like) for out in outs]
+        return lambda u: torch.cat([up(part) for up, part in zip(ups, u.chunk(len(ups), dim=-1), strict=True)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -214,9 +251,9 @@ class SingularBatch:
         spread = {name: (o.index_select(0, index), s.index_select(0, index)) for name, (o, s) in self.vectors.items()}
         return SingularBatch(self.family, spread)
 
-    def update(self, modules: Sequence[str], x: Tensor) -> Update:
+    def updates(self, modules: tuple[str, ...]) -> Updates:
         """Every layer has singular vectors of its own."""
-        return torch.cat([self._update(module, x) for module in modules], dim=-1), None
+        return lambda x: (torch.cat([self._update(module, x) for module in modules], dim=-1), None)
 
     def _update(self, module: str, x: Tensor) -> Tensor:
         o, s = self.vectors[module]
@@ -263,9 +300,9 @@ class PairBatch:
         """Row i repeated ``lengths[i]`` times."""
         return PairBatch(self.pairs, tuple(lengths))
 
-    def update(self, modules: Sequence[str], x: Tensor) -> Update:
+    def updates(self, modules: tuple[str, ...]) -> Updates:
         """No row's product is another's."""
-        return torch.cat([self._update(module, x) for module in modules], dim=-1), None
+        return lambda x: (torch.cat([self._update(module, x) for module in modules], dim=-1), None)
 
     def _update(self, module: str, x: Tensor) -> Tensor:
         a, b = (matrix.to(x.dtype) for matrix in self.pairs[module])

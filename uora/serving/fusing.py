@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uora.serving.bank import AdapterBank, BankedLinear
+from uora.serving.composition import Modules
 from uora.serving.lanes import Plan
 from uora.serving.products import product
 
@@ -54,7 +55,7 @@ class _Joined:
         self._product = product(torch.cat([layer.weight for layer in layers]), bias)
         ends = accumulate((layer.weight.shape[0] for layer in layers), initial=0)
         names = [linear.name for linear in linears]
-        self._modules = {name: slice(*ends) for name, ends in zip(names, pairwise(ends), strict=True)}
+        self._modules = Modules({name: slice(*ends) for name, ends in zip(names, pairwise(ends), strict=True)})
         self._bank = bank
 
     def __call__(self, x: Tensor) -> Tensor:

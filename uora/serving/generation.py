@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from uora.errors import SpecError
-from uora.serving.bank import AdapterBank, Composition
+from uora.serving.bank import AdapterBank
+from uora.serving.composition import Composition
 from uora.serving.fusing import fuse
 from uora.serving.lanes import LANES, Decoding, Lane, Plan, Reading, StateShape, lane_capacity
 from uora.serving.rows import Row
@@ -247,6 +248,52 @@ class Batcher:
         if not self.running:
             self._composition = None  # it holds the rows of adapters that may be gone from the bank
 
+    @torch.inference_mode()
+    def rehearse(self, rows: Sequence[Sequence[int]], *, decoded: int, piece: int) -> list[Tensor]:
+        """Run given tokens as answers are run, each row joining a step after the one before; for an idle batch.
+
+        Args:
+            rows: tokens of prompts, and behind them those that take the place of chosen ones.
+            decoded: how many of each row's these are.
+            piece: tokens of a prompt that its first step reads; the second reads the rest.
+
+        Returns:
+            the logits that tokens would have been chosen by, ``(1 + decoded, vocabulary)`` for each row.
+        """
+        found: dict[_Answer, list[Tensor]] = {}
+        waiting = list(rows)
+        try:
+            while waiting or self.running:
+                if waiting:
+                    found[self._rehearsed(waiting.pop(0), decoded)] = []
+                step = _Step(
+                    self._decoding,
+                    [
+                        (answer, len(answer.tokens) if answer.known else min(piece, len(answer.tokens)))
+                        for answer in self._prompts
+                    ],
+                )
+                logits = self._forward(step)
+                for answer, (_, stop) in zip(step.answers, step.pieces, strict=True):
+                    answer.known = stop
+                choosing = step.choosing
+                for answer, row in zip(choosing, logits, strict=True):
+                    found[answer].append(row)
+                    answer.tokens += answer.generation.prompt[answer.known : answer.known + 1]
+                self._drop([answer for answer in choosing if answer.known == len(answer.tokens)])
+                self._into_lanes([answer for answer in choosing if answer in self._prompts])
+        finally:
+            self.clear()
+        return [torch.stack(logits) for logits in found.values()]
+
+    def _rehearsed(self, tokens: Sequence[int], decoded: int) -> _Answer:
+        generation = Generation(list(tokens), None, decoded, Sampling(), emit=lambda _: None)
+        answer = _Answer(generation, None, self._tokens, self._model.config.get_text_config().vocab_size)
+        answer.tokens = answer.tokens[: len(tokens) - decoded]
+        answer.states = self._shape.room(capacity=len(answer.tokens), like=self._like)
+        self._prompts.append(answer)
+        return answer
+
     def clear(self) -> None:
         """Forget all answers, without a word to them, and whatever a step that broke off has left of them."""
         self._lanes.clear()
@@ -371,6 +418,8 @@ class Batcher:
         if capacity not in self._lanes:
             self._lanes[capacity] = (Lane(self._shape, capacity, self._like), [])
         lane, answers = self._lanes[capacity]
+        if lane.full:  # before it takes more memory, that of empty ones is given back
+            self._lanes = {size: found for size, found in self._lanes.items() if found[1] or found[0] is lane}
         lane.append(states)
         answers.append(answer)
 
@@ -407,5 +456,7 @@ def check_servable(model: PreTrainedModel) -> None:
     if kinds - {"DynamicLayer"}:
         raise SpecError(
             f"The base model's cache has layers of the kinds {sorted(kinds)}; this engine serves models whose "
-            "attention sees the whole context (DynamicLayer)."
+            "attention sees the whole context (DynamicLayer). Choose such a base model.",
+            code="base_model_not_servable",
+            param="base_model",
         )

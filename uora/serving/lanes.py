@@ -60,7 +60,8 @@ def lane_capacity(tokens: int, context: int) -> int:
 
 
 class Lane:
-    """States of ``rows`` answers, the first of the tensor's rows; it grows and keeps no gaps.
+    """States of ``rows`` answers, the first of the tensor's rows; it grows, keeps no gaps, and its memory when it
+    empties: to be given zeroed pages by the operating system anew takes as long as several steps.
 
     Where no answer has a token there are zeros. The attention gives such places the weight 0, but 0 times what a
     failed answer has left there, NaN perhaps, would be NaN.
@@ -73,9 +74,14 @@ class Lane:
         self._like = like
         self.states = shape.room(0, capacity=capacity, like=like)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next answer needs more memory."""
+        return self.rows == self.states.shape[2]
+
     def append(self, states: Tensor) -> None:
         """Add an answer with the states ``(layers, 2, heads, tokens, size)``."""
-        if self.rows == self.states.shape[2]:
+        if self.full:
             grown = self._shape.room(max(2 * self.rows, 1), capacity=self.capacity, like=self._like)
             grown[:, :, : self.rows] = self.states
             self.states = grown
@@ -89,9 +95,6 @@ class Lane:
     def remove(self, row: int, tokens: int, last_tokens: int) -> None:
         """Take an answer with ``tokens`` out; the last one, which has ``last_tokens``, moves into its place."""
         self.rows -= 1
-        if not self.rows:
-            self.states = self._shape.room(0, capacity=self.capacity, like=self._like)
-            return
         written = max(tokens, last_tokens) + 1  # a step that failed has written one more
         last = self.read(self.rows, written)
         if row != self.rows:

@@ -7,7 +7,7 @@ and no memory is ever given from one adapter to another while a batch can still 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -25,10 +25,12 @@ class Row:
     Attributes:
         manifest: says which adapter it is.
         numbers: ``(modules, k)`` where every module has equally many, else flat, module after module.
+        head: a classifier's own parameters of the head, by their names in the model.
     """
 
     manifest: Manifest
     numbers: Mapping[str, Tensor]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -38,13 +40,15 @@ class Row:
     @property
     def bytes(self) -> int:
         """What it takes in memory."""
-        return sum(tensor.nbytes for tensor in self.numbers.values())
+        return sum(tensor.nbytes for part in (self.numbers, self.head) for tensor in part.values())
 
     def equals(self, other: Row) -> bool:
         """Whether the numbers are the same to the bit."""
-        return self.numbers.keys() == other.numbers.keys() and all(
-            _same_bits(tensor, other.numbers[name]) for name, tensor in self.numbers.items()
-        )
+        return _all_same(self.numbers, other.numbers) and _all_same(self.head, other.head)
+
+
+def _all_same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(_same_bits(tensor, others[name]) for name, tensor in some.items())
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,6 @@ else (linear layers, norms, position-wise networks) is the same for a token wher
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from uora.comparing import KERNEL_TOLERANCES, relative_difference, tokens_to_try
 from uora.data import IGNORED, Example
 from uora.training.batches import Piece
 
@@ -131,7 +131,8 @@ def make_packer(model: PreTrainedModel) -> Packer | None:
         except _REFUSALS as error:
             logger.warning("rows are padded, not packed: %s refuses a layout (%s)", type(model).__name__, error)
         else:
-            if _differ(packed, turned) < _ROUNDING and _differ(packed, alone) < _KERNELS[model.dtype]:
+            close = relative_difference(packed, alone) < KERNEL_TOLERANCES[model.dtype]
+            if close and relative_difference(packed, turned) < _ROUNDING:
                 return Packer(share_prefix=not _has_dropout(model))
             logger.warning("rows are padded, not packed: %s mixes them", type(model).__name__)
         model.set_attn_implementation(previous)
@@ -142,14 +143,10 @@ def make_packer(model: PreTrainedModel) -> Packer | None:
 _REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
 #: Share of the logits by which the same computation in another order may differ.
 _ROUNDING = 0.01
-#: The same for another kernel of attention: stock ones differ by 0.08 in a bfloat16 SmolLM2. Another row's tokens, or
-#: wrong positions, make a difference of about 1.
-_KERNELS: defaultdict[torch.dtype, float] = defaultdict(lambda: 0.25, {torch.float32: 0.01})
 
 
 def _rows_to_try(vocabulary: int) -> list[list[int]]:
-    """Token ids from all over the vocabulary, since special tokens make bfloat16 models lose their precision."""
-    ids = [(37 * i * i + 11 * i + 5) * max(vocabulary // 97, 1) % vocabulary for i in range(14)]
+    ids = tokens_to_try(vocabulary, 14)
     return [ids[:9], ids[:4] + ids[9:]]
 
 
@@ -171,12 +168,6 @@ def _logits_of_packed(model: PreTrainedModel, rows: list[list[int]]) -> list[Ten
     logits: Tensor = model(**tokens, packed=packed["packed"]).logits[0]
     ends = accumulate(group.lengths, initial=group.prefix)
     return [torch.cat([logits[: group.prefix], logits[start:end]]) for start, end in pairwise(ends)]
-
-
-def _differ(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Size of the difference relative to how much the logits vary."""
-    one, other = torch.cat([*found]).float(), torch.cat([*expected]).float()
-    return float((one - other).norm() / (other - other.mean(dim=-1, keepdim=True)).norm())
 
 
 def _has_dropout(model: PreTrainedModel) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker, undefer
 
-from api.models.models import Adapter
+from api.models.models import Adapter, AdapterVersion
 from uora.artifact import Artifact, loads
 from uora.errors import AdapterNotFoundError, DigestError
 
@@ -64,16 +64,14 @@ class AdapterStore:
             )
         return artifact
 
-    def extent(self, base_model: str) -> tuple[int, int | None]:
-        """How many adapters a base model has, and the newest one's ``seq``: another one after most changes."""
-        wanted = select(func.count(), func.max(Adapter.seq)).where(Adapter.base_model == base_model)
+    def version(self, base_model: str) -> int | None:
+        """Of a base model's adapters: another one after every change; None before the first."""
         with self._sessions() as session:
-            count, newest = session.execute(wanted).one()
-        return count, newest
+            return session.scalar(select(AdapterVersion.version).where(AdapterVersion.base_model == base_model))
 
-    def digests(self, base_model: str) -> dict[str, int]:
-        """Of a base model's adapters, newest first, each with the ``seq`` of a row that has it."""
-        wanted = select(Adapter.digest, Adapter.seq).where(Adapter.base_model == base_model)
+    def digests(self, base_model: str, tasks: Collection[str]) -> dict[str, int]:
+        """Of a base model's adapters for these tasks, newest first, each with the ``seq`` of a row that has it."""
+        wanted = select(Adapter.digest, Adapter.seq).where(Adapter.base_model == base_model, Adapter.task.in_(tasks))
         found: dict[str, int] = {}
         with self._sessions() as session:
             for digest, seq in session.execute(wanted.order_by(Adapter.seq.desc())):

@@ -25,17 +25,18 @@ from api.completions.engine import TokenLogprob as TokenLogprobLine
 from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
 from api.errors import ClientGone
+from api.models.engine import BaseDescription, CheckRequest, DescribeRequest
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine import classify as classes
+from worker.engine import importing
 from worker.engine.errors import EngineError
 from worker.engine.preparing import Prepared, prepare
 from worker.engine.provenance import fingerprint, provenance
 from worker.engine.registration import Description, Registration
-from worker.engine.residency import Residency
 from worker.engine.runner import Runner, Served, build_runner
 from worker.engine.scheduler import EngineBusyError, EngineStoppedError
 
@@ -52,18 +53,13 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runner = await run_in_threadpool(build, settings)
+        runner = await run_in_threadpool(_built, build, settings)
         runner.start()
         app.state.runner = runner
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
-        residency = _residency(runner) if isinstance(runner, Runner) else None
-        if residency is not None:
-            residency.start()
         yield
         await run_in_threadpool(registration.stop)
-        if residency is not None:
-            await run_in_threadpool(residency.stop)
         await run_in_threadpool(runner.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -73,8 +69,18 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
     app.get("/healthz")(healthz)
     app.get("/readyz")(readyz)
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
+    app.post("/describe", dependencies=[Depends(_authenticate)])(describe)
+    app.post("/check", dependencies=[Depends(_authenticate)])(check)
     app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
+
+
+def _built(build: Callable[[Settings], Served], settings: Settings) -> Served:
+    try:
+        return build(settings)
+    except UoraError as error:  # uvicorn ends the process with exit status 3
+        log.error("engine_not_started", base_model=settings.engine_base_model, code=error.code, error=error.message)
+        raise
 
 
 def _registration(settings: Settings, runner: Served) -> Registration:
@@ -89,16 +95,6 @@ def _registration(settings: Settings, runner: Served) -> Registration:
         description,
         load=runner.load,
         interval=settings.engine_heartbeat_interval,
-    )
-
-
-def _residency(runner: Runner) -> Residency:
-    return Residency(
-        runner.bank,
-        runner.store,
-        base_model=runner.base.name,
-        template_sha256=runner.template_sha256,
-        on_corrupted=runner.scheduler.end_holders,
     )
 
 
@@ -150,6 +146,17 @@ def _text_runner(runner: Annotated[Served, Depends(_runner)]) -> Runner:
         return runner
     message = f"The base model {runner.base.name} writes no text; use a model of texts that was trained for it."
     raise EngineError(400, "model_not_supported", message, param="model")
+
+
+def describe(_body: DescribeRequest, runner: Annotated[Runner, Depends(_text_runner)]) -> BaseDescription:
+    """The base model, as an adapter for it must be."""
+    return importing.describe(runner)
+
+
+def check(body: CheckRequest, served: Annotated[Served, Depends(_runner)]) -> dict[str, str]:
+    """Whether an adapter could be served."""
+    importing.check(served, body)
+    return {"status": "ok"}
 
 
 async def classify(

@@ -9,11 +9,12 @@ from typing import Any
 import structlog
 
 from api.classifications.engine import ClassifyAnswer, ClassifyRequest, Item, StoredAdapter, TextItem
-from uora.artifact import Artifact, Manifest
+from uora.artifact import Manifest
 from uora.data.images import image_bytes
 from uora.errors import AdapterNotFoundError, ArtifactError, BaseModelError, DataError
 from uora.models import ImageInputs, TextInputs
 from uora.serving.classification import Prediction
+from uora.serving.rows import Row
 from worker.engine.classifying import ClassifierHalf
 from worker.engine.errors import EngineError
 from worker.engine.provenance import fingerprint, provenance
@@ -33,41 +34,34 @@ async def classify(served: Served, body: ClassifyRequest) -> ClassifyAnswer:
     """
     if body.base_model != served.base.name:
         raise EngineError(404, "model_not_found", f"This engine serves {served.base.name}, not {body.base_model}.")
-    half = await asyncio.to_thread(_half, served)
-    with served.classifying.holding(body.adapter.digest) as resident:
-        artifact = None if resident else await asyncio.to_thread(_load, served, half, body.adapter)
-        manifest = artifact.manifest if artifact else half.bank.manifests[body.adapter.digest]
-        rows = await asyncio.to_thread(encode, half, body.items)
-        predictions = await asyncio.wrap_future(served.classifying.submit(rows, manifest.digest, artifact))
-    return _answer(served, manifest, predictions, rows)
+    half = await asyncio.to_thread(half_of, served)
+    adapter = half.bank.find(body.adapter.digest)
+    if adapter is None:
+        adapter = await asyncio.to_thread(_load, served, half, body.adapter)
+    encoded = await asyncio.to_thread(encode, half, body.items)
+    predictions = await asyncio.wrap_future(served.classifying.submit(encoded, adapter))
+    return _answer(served, adapter.manifest, predictions, encoded)
 
 
-def _half(served: Served) -> ClassifierHalf:
+def half_of(served: Served) -> ClassifierHalf:
+    """What classifies; raises `EngineError` if the base model cannot."""
     try:
         return served.classifying.half
     except BaseModelError as error:
         raise EngineError(400, "model_not_supported", error.message, param="model") from error
 
 
-def _load(served: Served, half: ClassifierHalf, target: StoredAdapter) -> Artifact:
-    """The adapter, verified."""
+def _load(served: Served, half: ClassifierHalf, target: StoredAdapter) -> Row:
+    """An adapter that is not resident, verified."""
     try:
         artifact = served.store.load(target.id, target.digest)
-        if artifact.manifest.task not in half.tasks or not artifact.manifest.head:
-            raise EngineError(
-                400,
-                "model_not_supported",
-                f"Model {target.id} was trained for {artifact.manifest.task}; this engine classifies for "
-                f"{', '.join(sorted(half.tasks))}.",
-                param="model",
-            )
-        half.bank.check(artifact.manifest)
+        half.check(artifact.manifest)
+        return half.bank.put(artifact)
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except ArtifactError as error:
         log.exception("adapter_refused", model=target.id)
         raise EngineError(500, error.code, error.message) from error
-    return artifact
 
 
 def encode(half: ClassifierHalf, items: Sequence[Item]) -> list[Any]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from api.settings import Settings
-from uora.artifact import Artifact
+from uora.artifact import Manifest
 from uora.errors import UoraError
 from uora.models import (
     ImageInputs,
@@ -36,9 +36,14 @@ from uora.models import (
 from uora.serving.bank import AdapterBank
 from uora.serving.classification import Classifier, Prediction
 from uora.serving.heads import Heads
+from uora.serving.rows import Row
 from uora.spec import Task
 from uora.svd import BaseWeights
+from worker.engine.adapters import AdapterStore
+from worker.engine.checking import check_classifier
+from worker.engine.device_thread import DeviceThread
 from worker.engine.errors import EngineError
+from worker.engine.residency import Residency
 
 log = structlog.get_logger()
 
@@ -52,7 +57,7 @@ class ClassifierHalf:
 
     Attributes:
         classifier: the base model with the heads of its adapters.
-        bank: its adapters; only the thread of `Classifying` may change it.
+        bank: its adapters.
         inputs: what makes rows of items.
         tasks: what it can be asked for.
         max_tokens: of one text.
@@ -64,13 +69,16 @@ class ClassifierHalf:
     tasks: frozenset[Task]
     max_tokens: int
 
+    def check(self, manifest: Manifest, *, param: str = "model") -> None:
+        """Raises `EngineError` or `UoraError` if an adapter cannot answer here."""
+        check_classifier(manifest, self.bank, self.tasks, param=param)
+
 
 @dataclass(eq=False)
 class _Request:
     """The items of one request."""
 
-    digest: str
-    artifact: Artifact | None
+    adapter: Row
     found: list[Prediction | None]
     done: Future[list[Prediction]] = field(default_factory=Future)
 
@@ -90,60 +98,58 @@ class _Request:
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One row of a request."""
+    """One item of a request, as the model takes it."""
 
     request: _Request
     index: int
-    row: Any
+    encoded: Any
     tokens: int
 
 
-class Classifying:
-    """The queue of items, and the thread that answers them."""
+class Classifying(DeviceThread):
+    """The queue of items, and the thread that answers them; stopped, it refuses what waits."""
 
     def __init__(
         self,
         build: Callable[[], ClassifierHalf],
         *,
+        base_model: str,
+        store: AdapterStore,
         turn: threading.Lock,
         max_waiting: int,
         max_tokens: int,
-        max_adapters: int,
     ) -> None:
         """Nothing is loaded before it is asked for.
 
         Args:
             build: loads the classifier.
+            base_model: the name whose adapters become resident once it is loaded.
+            store: where they are.
             turn: to be held while the device computes.
             max_waiting: items that may wait.
-            max_tokens: of a pass, padding included; a longer row has one of its own.
-            max_adapters: that stay resident while no request needs them.
+            max_tokens: of a pass, padding included; a longer item has one of its own.
         """
+        super().__init__("engine-classifying", turn)
         self._build = build
-        self._turn = turn
+        self._base_model = base_model
+        self._store = store
         self._max_waiting = max_waiting
         self._max_tokens = max_tokens
-        self._max_adapters = max_adapters
         self._building = threading.Lock()
-        self._changed = threading.Condition()
         self._waiting: deque[_Item] = deque()
         self._running = 0
-        self._stopping = False
-        #: Digests of resident adapters, the longest unused first, and how many requests hold each.
-        self._resident: OrderedDict[str, None] = OrderedDict()
-        self._holders: Counter[str] = Counter()
-        self._thread = threading.Thread(target=self._run, name="engine-classifying", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        self._residency: Residency | None = None
 
     def stop(self) -> None:
-        """End the thread after its pass; what waits is refused."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
+        """End the threads."""
+        super().stop()
+        with self._building:
+            if self._residency is not None:
+                self._residency.stop()
+
+    def load(self) -> None:
+        """Load the classifier now; raises as `half` does."""
+        _ = self.half
 
     @property
     def half(self) -> ClassifierHalf:
@@ -158,7 +164,20 @@ class Classifying:
     @cached_property
     def _half(self) -> ClassifierHalf:
         with self._turn:  # heads and banks replace modules
-            return self._build()
+            half = self._build()
+        self._residency = self._residency_of(half)
+        self._residency.start()
+        return half
+
+    def _residency_of(self, half: ClassifierHalf) -> Residency:
+        return Residency(
+            half.bank,
+            self._store,
+            base_model=self._base_model,
+            tasks=half.tasks,
+            check=half.check,
+            on_corrupted=self.end_holders,
+        )
 
     @property
     def waiting(self) -> int:
@@ -172,36 +191,21 @@ class Classifying:
 
     @property
     def resident(self) -> int:
-        """Adapters in memory."""
-        return len(self._resident)
+        """Adapters in memory; none before the classifier is loaded."""
+        return len(self.half.bank) if self._residency is not None else 0
 
-    @contextmanager
-    def holding(self, digest: str) -> Iterator[bool]:
-        """Within the context the adapter is not evicted; gives whether it is resident."""
-        with self._changed:
-            self._holders[digest] += 1
-            resident = digest in self._resident
-        try:
-            yield resident
-        finally:
-            with self._changed:
-                self._holders[digest] -= 1
-                if not self._holders[digest]:
-                    del self._holders[digest]
-
-    def submit(self, rows: Sequence[Any], digest: str, artifact: Artifact | None) -> Future[list[Prediction]]:
-        """Queue the items of one request, whose adapter the caller is `holding`. Cancelling the result drops them.
+    def submit(self, encoded: Sequence[Any], adapter: Row) -> Future[list[Prediction]]:
+        """Queue the items of one request. Cancelling the result drops them.
 
         Args:
-            rows: what ``inputs.encode_item`` made of the items.
-            digest: the adapter's.
-            artifact: the adapter, verified and checked, if it was not resident.
+            encoded: what ``inputs.encode_item`` made of the items.
+            adapter: what answers, whatever becomes of it in the bank.
 
         Raises:
             EngineError: too many items wait already, or the engine is shutting down (503).
         """
-        request = _Request(digest, artifact, found=[None] * len(rows))
-        items = [_Item(request, index, row, tokens_of(row)) for index, row in enumerate(rows)]
+        request = _Request(adapter, found=[None] * len(encoded))
+        items = [_Item(request, index, each, tokens_of(each)) for index, each in enumerate(encoded)]
         with self._changed:
             if self._stopping:
                 raise _stopping()
@@ -234,7 +238,7 @@ class Classifying:
             return taken
 
     def _answer(self, items: list[_Item]) -> None:
-        items = [item for item in items if not item.request.done.done()]
+        items = [item for item in items if not self._ended(item)]
         if not items:
             return
         found = self._forward(items)
@@ -249,74 +253,67 @@ class Classifying:
             for item, prediction in zip(items, found, strict=True):
                 self._tell(item, prediction)
 
+    def _ended(self, item: _Item) -> bool:
+        """Whether nobody waits for it (any more), as when its adapter was found to be corrupted."""
+        done, error = item.request.done, self._condemned.get(item.request.adapter)
+        if error is not None and not done.done():
+            self._fail(item, error)
+        return done.done()
+
     def _forward(self, items: list[_Item]) -> list[Prediction] | Exception:
-        half = self.half
+        classifier = self.half.classifier
         try:
             with self._turn:
-                self._make_resident(half.bank, items)
-                digests = [item.request.digest for item in items]
-                return half.classifier.answer([item.row for item in items], digests)
+                return classifier.answer([item.encoded for item in items], [item.request.adapter for item in items])
         except Exception as error:  # a value, so that a later attempt does not keep this one's tensors
             return error.with_traceback(None) if len(items) > 1 else error
 
     def _tell(self, item: _Item, prediction: Prediction) -> None:
+        if self._ended(item):
+            return
         if _finite(prediction):
             item.request.answer(item.index, prediction)
         else:
             self._fail(item, ArithmeticError("the answer is not finite"))
 
     def _fail(self, item: _Item, error: Exception) -> None:
-        log.error("classification_failed", adapter=item.request.digest, index=item.index, exc_info=error)
+        log.error("classification_failed", adapter=item.request.adapter.digest, index=item.index, exc_info=error)
         message = error.message if isinstance(error, UoraError) else "The engine failed while classifying."
         code = error.code if isinstance(error, UoraError) else "classification_failed"
         item.request.fail(EngineError(500, code, message, param=f"input[{item.index}]"))
 
-    def _make_resident(self, bank: AdapterBank, items: list[_Item]) -> None:
-        needed = {item.request.digest: item.request.artifact for item in items}
-        new = [artifact for digest, artifact in needed.items() if artifact is not None and digest not in bank]
-        self._evict(bank, len(self._resident) + len(new) - self._max_adapters, keep=needed.keys())
-        for artifact in new:
-            bank.put(artifact)
-        with self._changed:
-            for digest in filter(bank.__contains__, needed):
-                self._resident[digest] = None
-                self._resident.move_to_end(digest)
 
-    def _evict(self, bank: AdapterBank, count: int, *, keep: Collection[str]) -> None:
-        """Remove so many adapters, but none that a request holds."""
-        with self._changed:
-            free = [digest for digest in self._resident if digest not in self._holders and digest not in keep]
-            evicted = free[: max(0, count)]
-            for digest in evicted:
-                del self._resident[digest]
-        for digest in evicted:
-            bank.remove(digest)
-
-
-def build_encoder(base: LocalModel, settings: Settings, *, device: str, tasks: frozenset[Task]) -> ClassifierHalf:
-    """A model that only reads.
+def build_encoder(
+    base: LocalModel, settings: Settings, *, device: str, tasks: frozenset[Task], budget: int
+) -> ClassifierHalf:
+    """A model that only reads; ``budget`` bytes are for its adapters.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
     task: Task = "image-classification" if "image-classification" in tasks else "classification"
     model = load_model(base, dtype=pick_dtype(settings.dtype), device=device, task=task)
-    return _half_of(base, model, settings, task=task)
+    return _half_of(base, model, settings, task=task, budget=budget)
 
 
-def build_over(base: LocalModel, parameters: Mapping[str, Tensor], settings: Settings) -> ClassifierHalf:
-    """A classifier that shares the parameters of a text model.
+def build_over(
+    base: LocalModel, parameters: Mapping[str, Tensor], settings: Settings, *, budget: int
+) -> ClassifierHalf:
+    """A classifier that shares the parameters of a text model; ``budget`` bytes are for its adapters.
 
     Raises:
         BaseModelError: there is none of its kind.
     """
-    return _half_of(base, load_classifier_over(base, parameters), settings, task="classification")
+    model = load_classifier_over(base, parameters)
+    return _half_of(base, model, settings, task="classification", budget=budget)
 
 
-def _half_of(base: LocalModel, model: PreTrainedModel, settings: Settings, *, task: Task) -> ClassifierHalf:
+def _half_of(
+    base: LocalModel, model: PreTrainedModel, settings: Settings, *, task: Task, budget: int
+) -> ClassifierHalf:
     heads = Heads(model)  # before the bank, which adapts what is left
     weights = BaseWeights.of_local(base, task, settings.cache_dir)
-    bank = AdapterBank(model, base_digest=base.digest, weights=weights, heads=heads)
+    bank = AdapterBank(model, base_digest=base.digest, weights=weights, heads=heads, budget=budget)
     if task == "image-classification":
         images = load_image_inputs(base)
         return ClassifierHalf(Classifier(model, images, bank, heads), bank, images, frozenset({task}), IMAGE_TOKENS)
@@ -326,13 +323,13 @@ def _half_of(base: LocalModel, model: PreTrainedModel, settings: Settings, *, ta
     return ClassifierHalf(Classifier(model, texts, bank, heads), bank, texts, tasks, limit)
 
 
-def tokens_of(row: Any) -> int:
-    """Tokens of a row in a pass."""
-    return IMAGE_TOKENS if isinstance(row, bytes) else len(row["input_ids"])
+def tokens_of(encoded: Any) -> int:
+    """Tokens of an item in a pass."""
+    return IMAGE_TOKENS if isinstance(encoded, bytes) else len(encoded["input_ids"])
 
 
 def passes(items: Sequence[_Item], max_tokens: int) -> Iterator[list[_Item]]:
-    """The items by length, in batches that have at most ``max_tokens`` when all rows are as long as the longest."""
+    """The items by length, in batches that have at most ``max_tokens`` when all are as long as the longest."""
     batch: list[_Item] = []
     for item in sorted(items, key=lambda item: item.tokens):
         if batch and item.tokens * (len(batch) + 1) > max_tokens:

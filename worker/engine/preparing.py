@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from api.completions.engine import WRITING_TASKS, AdapterTarget, GenerateRequest, JsonFormat
+from api.completions.engine import AdapterTarget, GenerateRequest, JsonFormat
 from uora.artifact import Artifact, Manifest, loads
 from uora.data.completions import prompt_ids
 from uora.data.templates import render
 from uora.errors import AdapterNotFoundError, SamplingError, UoraError
-from uora.serving.bank import AdapterBank
 from uora.serving.grammar import Grammar
 from uora.serving.rows import Row
 from uora.serving.sampling import Sampling
+from worker.engine.checking import check_template, check_writer, no_template
 from worker.engine.errors import EngineError
 from worker.engine.runner import Runner
 
@@ -65,7 +65,7 @@ def prepare(runner: Runner, body: GenerateRequest) -> Prepared:
         artifact = None if row else _verified(runner, body.adapter)
         manifest = row.manifest if row else artifact.manifest if artifact else None
     if manifest is not None and body.adapter is not None and body.messages is not None:
-        _check_template(manifest, runner.template_sha256, param=_param(body.adapter))
+        check_template(manifest, runner.template_sha256, param=_param(body.adapter))
     return Prepared(manifest, artifact, row, _prompts(runner, body), _sampling(runner, body))
 
 
@@ -73,7 +73,7 @@ def _verified(runner: Runner, target: AdapterTarget) -> Artifact:
     """An adapter that is not resident."""
     try:
         artifact = loads(base64.b64decode(target.data)) if target.data else _load(runner, target)
-        check_adapter(artifact.manifest, runner.bank, runner.template_sha256, param=_param(target))
+        check_writer(artifact.manifest, runner.bank, runner.template_sha256, param=_param(target))
     except AdapterNotFoundError as error:
         raise EngineError(404, error.code, error.message) from error
     except UoraError as error:
@@ -88,46 +88,8 @@ def _load(runner: Runner, target: AdapterTarget) -> Artifact:
     return runner.store.load(target.id, target.digest or "")
 
 
-def check_adapter(manifest: Manifest, bank: AdapterBank, template_sha256: str, *, param: str = "model") -> None:
-    """Make sure that an adapter can answer on the bank's base model with its chat template.
-
-    Raises:
-        EngineError: it writes no text, or was trained with another template; the request's ``param`` names it.
-        UoraError: it does not belong to the base model (`AdapterBank.check`).
-    """
-    if manifest.task not in WRITING_TASKS:
-        raise EngineError(
-            400,
-            "model_not_supported",
-            f"The adapter was trained for {manifest.task} and writes no text; expected {' or '.join(WRITING_TASKS)}.",
-            param=param,
-        )
-    bank.check(manifest)
-    if manifest.chat_template_sha256 is not None:
-        _check_template(manifest, template_sha256, param=param)
-
-
 def _param(target: AdapterTarget) -> str:
     return "adapter.data" if target.data else "model"
-
-
-def _check_template(manifest: Manifest, template_sha256: str, *, param: str) -> None:
-    """Raises `EngineError` if the conversation would not be written as the adapter has learned it."""
-    if manifest.chat_template_sha256 is None:
-        raise EngineError(
-            400,
-            "chat_template_mismatch",
-            "The model was trained on prompts and completions without a chat template; use /v1/completions.",
-            param=param,
-        )
-    if manifest.chat_template_sha256 != template_sha256:
-        raise EngineError(
-            400,
-            "chat_template_mismatch",
-            "The adapter was trained with another chat template than the engine's base model has. Serve it with the "
-            "template it was trained with.",
-            param=param,
-        )
 
 
 def _prompts(runner: Runner, body: GenerateRequest) -> list[Prompt]:
@@ -139,6 +101,8 @@ def _prompts(runner: Runner, body: GenerateRequest) -> list[Prompt]:
 
 
 def _render(runner: Runner, body: GenerateRequest) -> list[int]:
+    if runner.template_sha256 is None:
+        raise no_template("messages")
     messages = [message.model_dump() for message in body.messages or ()]
     try:
         return render(runner.tokenizer, messages, add_generation_prompt=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -90,17 +91,24 @@ class Registration:
         self._attempt(self._leave)
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Do it; an outage is logged when it begins and when it is over, not at each beat."""
+        """Do it, whatever comes of it; an outage is logged when it begins and when it is over, not at each beat."""
+        # Also writing a log line can fail (a closed pipe, a full disk), and an engine without its thread would serve
+        # on where nobody looks for it.
+        with suppress(Exception):
+            self._try(action)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        failing_before = self._failing
         try:
             action()
         except Exception as error:  # whatever it is, the next beat may do better
-            if not self._failing:
-                log.warning("engine_not_registered", url=self._description.url, error=str(error))
             self._failing = True
+            if not failing_before:
+                log.warning("engine_not_registered", url=self._description.url, error=str(error))
         else:
-            if self._failing:
-                log.info("engine_registered_again", url=self._description.url)
             self._failing = False
+            if failing_before:
+                log.info("engine_registered_again", url=self._description.url)
 
     def _beat(self) -> None:
         if not self._registered:
@@ -108,9 +116,9 @@ class Registration:
         with self._sessions.begin() as session:
             if not repository.renew(session, self.id, self._load()):
                 self._register(session)
-        if not self._registered:
+        first, self._registered = not self._registered, True
+        if first:
             log.info("engine_registered", id=self.id, url=self._description.url)
-        self._registered = True
 
     def _register(self, session: Session) -> None:
         found = self._description

@@ -9,20 +9,19 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
-from uora.artifact import Artifact
+from uora.artifact import Manifest
 from uora.errors import ArtifactError
 from uora.serving.bank import AdapterBank
 from uora.serving.rows import Row
 from worker.engine.adapters import AdapterStore, Stored
-from worker.engine.preparing import check_adapter
 
 log = structlog.get_logger()
 
-#: Between two comparisons of all digests, which find what counting does not: a row whose content was replaced.
+#: Between two comparisons of all digests where nothing has changed: if no trigger notes changes, this finds them.
 COMPARISON_SECONDS = 30.0
 #: Adapters loaded between two looks at what has changed.
 BATCH = 50
@@ -44,7 +43,8 @@ class Residency:
         store: AdapterStore,
         *,
         base_model: str,
-        template_sha256: str,
+        tasks: Collection[str],
+        check: Callable[[Manifest], None],
         interval: float = 0.5,
         audit_interval: float = 1.0,
         on_corrupted: Callable[[Row, Exception], None] = _nobody,
@@ -55,7 +55,8 @@ class Residency:
             bank: what is resident.
             store: what should be.
             base_model: the name whose adapters belong into the bank.
-            template_sha256: of the engine's chat template.
+            tasks: those for which they were trained.
+            check: raises for one that cannot answer here.
             interval: seconds between two looks into the database.
             audit_interval: seconds between two audits.
             on_corrupted: told of a row in memory that is not what is stored, and what its answers are to end with.
@@ -63,11 +64,12 @@ class Residency:
         self._bank = bank
         self._store = store
         self._base_model = base_model
-        self._template_sha256 = template_sha256
+        self._tasks = tasks
+        self._check = check
         self._interval = interval
         self._audit_interval = audit_interval
         self._on_corrupted = on_corrupted
-        self._extent: tuple[int, int | None] | None = None
+        self._version: int | None = None
         self._compare_at = self._audit_at = 0.0  # time.monotonic
         self._stored: dict[str, int] = {}  # digest -> seq, newest first, by the last comparison
         self._missing: list[str] = []  # to be loaded, newest last
@@ -88,10 +90,10 @@ class Residency:
 
     def look(self) -> None:
         """Compare if something has changed, then load up to `BATCH` of what is missing."""
-        extent = self._store.extent(self._base_model)
-        if extent != self._extent or time.monotonic() >= self._compare_at:
+        version = self._store.version(self._base_model)
+        if version != self._version or time.monotonic() >= self._compare_at:
             self._compare()
-            self._extent = extent  # read before the digests: what came in between is found by the next look
+            self._version = version  # read before the digests: what came in between is found by the next look
         if self._missing:
             self._load_batch()
 
@@ -116,7 +118,7 @@ class Residency:
             if not self._failing:
                 log.warning("adapters_not_compared", error=str(error))
             self._failing = True
-            self._extent = None  # a batch may have been left half loaded
+            self._compare_at = 0.0  # a batch may have been left half loaded
         else:
             if self._failing:
                 log.info("adapters_compared_again")
@@ -125,7 +127,7 @@ class Residency:
     def _compare(self) -> None:
         """Let go what is not stored (any more), and note what is missing."""
         resident = self._bank.digests()  # before the database is read: what enters meanwhile stays
-        self._stored = self._store.digests(self._base_model)
+        self._stored = self._store.digests(self._base_model, self._tasks)
         self._compare_at = time.monotonic() + COMPARISON_SECONDS
         gone = resident - self._stored.keys()
         for digest in gone:
@@ -150,7 +152,8 @@ class Residency:
     def _preload(self, stored: Stored) -> bool:
         """Make an adapter resident; returns False if there is no room for it."""
         try:
-            artifact = self._checked(stored)
+            artifact = stored.load()
+            self._check(artifact.manifest)
             if self._bank.put_if_room(artifact):
                 return True
             self._without_room.add(stored.digest)
@@ -159,11 +162,6 @@ class Residency:
             log.warning("adapter_refused", digest=stored.digest, error=str(error))
             return True
         return False
-
-    def _checked(self, stored: Stored) -> Artifact:
-        artifact = stored.load()
-        check_adapter(artifact.manifest, self._bank, self._template_sha256)
-        return artifact
 
     def _audit(self, digest: str) -> None:
         held = self._bank.peek(digest)
@@ -179,7 +177,7 @@ class Residency:
             return
         if held.manifest != expected.manifest or not held.equals(expected):
             self._bank.remove(digest)
-            self._extent = None  # load it again
+            self._compare_at = 0.0  # load it again
             log.error("adapter_corrupted", digest=digest, where="memory")
             self._on_corrupted(held, _corrupted(digest))
 

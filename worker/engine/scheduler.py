@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
-from weakref import WeakKeyDictionary
 
 import structlog
 
@@ -14,7 +13,7 @@ from uora.artifact import Artifact
 from uora.errors import DeadlineError
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
-from uora.serving.rows import Row
+from worker.engine.device_thread import DeviceThread
 from worker.engine.fair_queue import FairQueue, Waiting
 
 log = structlog.get_logger()
@@ -43,11 +42,11 @@ class EngineStoppedError(Exception):
     """The engine is shutting down."""
 
 
-class Scheduler:
+class Scheduler(DeviceThread):
     """Shares the batch's rows fairly between projects, and ends what is too late.
 
     A project may hold no more waiting places than it leaves free, so that whoever comes next finds some, however many
-    of the others flood the queue.
+    of the others flood the queue. Stopped, it ends what is unfinished with an `EngineStoppedError`.
     """
 
     def __init__(self, batcher: Batcher, bank: AdapterBank, turn: threading.Lock | None = None) -> None:
@@ -57,28 +56,13 @@ class Scheduler:
             bank: its adapters.
             turn: held during each step, by whoever else computes on the same device too.
         """
+        super().__init__("engine-scheduler", turn)
         self._batcher = batcher
         self._bank = bank
-        self._turn = turn or threading.Lock()
         self._queue = FairQueue()
-        self._condemned: WeakKeyDictionary[Row, Exception] = WeakKeyDictionary()
         self._max_waiting = _MAX_WAITING_BATCHES * batcher.free_rows
         self._running: dict[Generation, float] = {}  # since when
         self._seconds = 0.0  # that an answer takes; a moving average
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine-scheduler", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread after its step; unfinished requests get an `EngineStoppedError`."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
 
     @property
     def waiting(self) -> int:
@@ -112,10 +96,6 @@ class Scheduler:
                 raise EngineBusyError(own_share=own > 0, retry_after=max(1.0, self._seconds))
             self._queue.extend(Waiting(generation, artifact) for generation in generations)
             self._changed.notify()
-
-    def end_holders(self, row: Row, error: Exception) -> None:
-        """End all answers that have this very row, those that are yet to come too, before they take another step."""
-        self._condemned[row] = error
 
     def _run(self) -> None:
         while self._wait_for_work():

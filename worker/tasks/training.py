@@ -16,6 +16,7 @@ from api.files.repository import FileRepository
 from uora.spec import TrainingSpec
 from worker import failures, results
 from worker.context import Resources, resources
+from worker.delivering import ring
 from worker.failures import Failure
 from worker.lease import Lease, LeaseLost, claim, claim_companions, writing
 from worker.messages import ChildRequest, Run
@@ -104,6 +105,7 @@ def _settle(held: Resources, lease: Lease, outcome: Outcome) -> None:
 
     try:
         patiently(write, patience=held.settings.lease_ttl)
+        ring(held, lease.job_id)
     except LeaseLost as lost:
         logger.warning("%s", lost)
 

@@ -147,7 +147,7 @@ def test_a_removed_or_unknown_adapter_is_never_answered_by_another(trained: Trai
     for digest in (first, "0" * 64):
         with pytest.raises(AdapterNotFoundError):
             served.classifier.predict(["saw axe", "fig"], [second, digest])
-    assert served.heads.digests == ()
+    assert served.heads.rows == ()
     assert served.bank.composition is None
     assert served.classifier.predict(["saw axe"], [second]) == expected
     served.bank.put(served.runs[0].artifact)
@@ -159,10 +159,10 @@ def test_a_failed_forward_leaves_nothing(texts: Served, monkeypatch: pytest.Monk
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(Heads, "module", fail)
+        patched.setattr(Heads, "run", fail)
         with pytest.raises(MemoryError):
             texts.classifier.predict(["fig"], texts.digests[:1])
-    assert texts.heads.digests == ()
+    assert texts.heads.rows == ()
     assert texts.bank.composition is None
 
 
@@ -177,7 +177,7 @@ def test_a_head_of_another_model_is_refused(base_of: BaseOf, trained: TrainCase)
     case = CASES["classification"]
     other = run(spec_of(case.task, "uora", n_epochs=1), base_of(make_bert_without_pooler), case)
     with pytest.raises(ShapeError, match=r"bert\.pooler\.dense"):
-        serve([trained("classification", "uora")]).heads.put(other.artifact)
+        serve([trained("classification", "uora")]).heads.parameters(other.artifact)
 
 
 def test_the_head_runs_for_known_rows_only(base_of: BaseOf) -> None:

@@ -230,7 +230,7 @@ def check_nothing_is_left(batcher: Batcher, bank: AdapterBank) -> None:
     assert batcher.cache_tokens_in_use == 0
     assert batcher.free_rows == ROWS
     assert batcher.generations == []
-    assert all(lane.rows == 0 and lane.states.numel() == 0 for lane, _ in batcher._lanes.values())
+    assert all(lane.rows == 0 and not lane.states.count_nonzero() for lane, _ in batcher._lanes.values())
     assert bank.composition is None
 
 

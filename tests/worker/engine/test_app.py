@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from peft import get_peft_model
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.database import Base, make_engine, make_sessions
@@ -23,7 +23,7 @@ from api.models.models import Adapter
 from api.projects.models import Project
 from api.settings import Settings
 from tests.api.support import serve, wait_until
-from tests.tiny import make_tiny_llama
+from tests.tiny import make_tiny_causal, make_tiny_llama
 from tests.uora.toys import randomise, store
 from uora.artifact import Artifact, Provenance, dumps, loads
 from uora.data import CompletionRow, encode_completion, prompt_ids
@@ -32,7 +32,7 @@ from uora.models import LocalModel, fetch, load_model, load_tokenizer
 from uora.serving.generation import Generation
 from uora.serving.sampling import Sampling
 from uora.tuner import UoraConfig
-from worker.engine.app import _residency, create_app
+from worker.engine.app import create_app
 from worker.engine.runner import Runner, build_runner
 from worker.engine.scheduler import EngineBusyError
 
@@ -206,11 +206,30 @@ def test_a_row_that_changed_in_memory_answers_nobody(engine: Engine) -> None:
     model, artifact = next(iter(engine.adapters.items()))
     sound, row = engine.ask(model)[0], engine.runner.bank.row(artifact.manifest.digest)
     row.numbers["d"].zero_()
-    residency = _residency(engine.runner)
-    residency.look()
+    residency = engine.runner.residency
+    wait_until(lambda: artifact.manifest.digest in residency._stored)
     residency._audit(artifact.manifest.digest)
     assert row in engine.runner.scheduler._condemned
     assert engine.ask(model)[0] == sound
+
+
+def test_a_promotion_is_seen_by_the_next_request(engine: Engine) -> None:
+    """A request names the digest that its model's name stands for, which no residency need have seen before."""
+    name = "ft:tiny:one::promoted"
+    before, after = (make_adapter(engine.runner.base, seed=seed, r=8) for seed in (21, 22))
+    old, new = ({"id": name, "digest": each.manifest.digest} for each in (before, after))
+    add(engine.sessions, name, before)
+    answer_before, _ = engine.ask(None, adapter=old)
+    with engine.sessions.begin() as session:
+        values = {"digest": after.manifest.digest, "artifact": dumps(after)}
+        session.execute(update(Adapter).where(Adapter.id == name).values(**values))
+    answer_after, _ = engine.ask(None, adapter=new)
+    assert answer_after != answer_before
+    data = base64.b64encode(dumps(after)).decode()
+    assert engine.ask(None, adapter={"id": "sent", "data": data})[0] == answer_after
+    wait_until(lambda: before.manifest.digest not in engine.runner.bank, seconds=2)
+    status, error = engine.refusal(None, adapter=old)
+    assert (status, error["code"]) == (500, "adapter_digest_mismatch")
 
 
 def test_what_is_wrong_is_never_answered_by_the_base(engine: Engine) -> None:
@@ -452,3 +471,44 @@ def inline(artifact: Artifact) -> dict[str, Any]:
 def with_manifest(artifact: Artifact, **fields: Any) -> Artifact:
     """The same numbers under another manifest."""
     return loads(dumps(replace(artifact, manifest=artifact.manifest.model_copy(update=fields))))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("plain")
+    directory = make_tiny_causal(folder / "tiny", "gpt2", chat_template=None)
+    settings = Settings(
+        home=folder,
+        database_url=f"sqlite:///{folder / 'engine.db'}",
+        cache_dir=folder / "cache",
+        base_models={"tiny": f"path:{directory}"},
+        engine_base_model="tiny",
+        engine_token=TOKEN,  # type: ignore[arg-type]
+        dtype="float32",
+    )
+    database = make_engine(settings.database_url)
+    Base.metadata.create_all(database)
+    runner = build_runner(settings)
+    assert isinstance(runner, Runner)
+    with serve(create_app(settings, lambda _: runner)) as url:
+        yield Engine(url, runner, make_sessions(database), {})
+
+
+class TestWithoutChatTemplate:
+    """A base model that was trained on text alone continues texts; it has no conversations."""
+
+    def test_prompts_are_continued(self, plain: Engine) -> None:
+        text, lines = plain.ask(None, prompts=["once"])
+        assert text
+        assert lines[-1]["type"] == "finish"
+
+    def test_conversations_are_refused(self, plain: Engine) -> None:
+        status, error = plain.refusal(None)
+        assert (status, error["code"], error["param"]) == (400, "no_chat_template", "messages")
+        assert "/v1/completions" in error["message"]
+
+    def test_adapters_of_conversations_are_refused(self, plain: Engine) -> None:
+        base = plain.runner.base
+        adapter = inline(make_adapter(base, seed=1, r=4, template="f" * 64))
+        status, error = plain.refusal(None, adapter=adapter, prompts=["once"])
+        assert (status, error["code"]) == (400, "no_chat_template")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session, sessionmaker
 
 from api.database import Base, make_engine, make_sessions
+from api.main import create_app as create_api
+from api.models.models import Adapter
 from api.projects.models import Project
+from api.projects.service import create_api_key
 from api.settings import Settings
-from tests.api.support import serve, wait_until
+from tests.api.support import RecordingQueue, register_engine, serve, wait_until
 from tests.tiny import make_tiny_bert, make_tiny_llama, make_tiny_vit
 from tests.uora.task_cases import CASES, Case, run, spec_of
 from tests.worker.engine.test_app import HELLO, TOKEN, add
@@ -37,6 +43,8 @@ class Engine:
     """A running engine and the adapters in its database."""
 
     url: str
+    settings: Settings
+    sessions: sessionmaker[Session]
     served: Served
     models: dict[str, tuple[Case, Artifact]]
 
@@ -56,7 +64,7 @@ class Engine:
 
 @contextmanager
 def running(
-    folder: Path, make_base: Callable[[Path], Path], wanted: dict[str, tuple[str, MethodName]]
+    folder: Path, make_base: Callable[[Path], Path], wanted: dict[str, tuple[str, MethodName]], **options: Any
 ) -> Iterator[Engine]:
     settings = Settings(
         _env_file=None,
@@ -65,8 +73,8 @@ def running(
         cache_dir=folder / "cache",
         base_models={"tiny": f"path:{make_base(folder / 'tiny')}"},
         engine_token=TOKEN,  # type: ignore[arg-type]
-        engine_max_classifiers=2,
         dtype="float32",
+        **options,
     )
     database = make_engine(settings.database_url)
     Base.metadata.create_all(database)
@@ -86,7 +94,7 @@ def running(
         return built[0]
 
     with serve(create_app(settings, build)) as url:
-        yield Engine(url, built[0], models)
+        yield Engine(url, settings, sessions, built[0], models)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +144,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
     answer = Classifier.answer
 
-    def remember(self: Classifier, rows: Any, digests: Any) -> Any:
-        seen.append(list(digests))
-        return answer(self, rows, digests)
+    def remember(self: Classifier, encoded: Any, adapters: Any) -> Any:
+        seen.append([row.digest for row in adapters])
+        return answer(self, encoded, adapters)
 
     monkeypatch.setattr(Classifier, "answer", remember)
     return seen
@@ -188,12 +196,59 @@ def test_classes_and_numbers_come_with_their_labels(encoder: Engine) -> None:
     assert len({encoder.ask(n, [{"text": "fig"}]).json()["system_fingerprint"] for n in encoder.models}) == 3
 
 
-def test_the_longest_unused_adapters_leave(encoder: Engine) -> None:
-    for _ in range(2):
-        for name, (case, _) in encoder.models.items():
-            encoder.answers(name, items_of(case, 1))
-            assert encoder.served.classifying.resident <= 2
-    assert encoder.served.classifying.resident == 2
+class TestResidency:
+    """The bank of classifiers follows the database and is audited by the code that does it for text."""
+
+    def test_new_ones_come_and_deleted_ones_go(self, encoder: Engine) -> None:
+        bank, artifact = encoder.served.classifying.half.bank, encoder.models["kinds"][1]
+        digests = {each.manifest.digest for _, each in encoder.models.values()}
+        wait_until(lambda: bank.digests() == digests)  # whether anybody asked for them or not
+        with encoder.sessions.begin() as session:
+            session.execute(delete(Adapter).where(Adapter.id == "kinds"))
+        wait_until(lambda: artifact.manifest.digest not in bank, seconds=5)
+        answer = encoder.ask("kinds", [{"text": "fig"}])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "adapter_not_found")
+        add(encoder.sessions, "kinds", artifact)
+        wait_until(lambda: bank.digests() == digests, seconds=5)
+
+    def test_text_and_classes_have_each_their_own(self, decoder: Engine) -> None:
+        assert isinstance(decoder.served, Runner)
+        banks = {"kinds": decoder.served.classifying.half.bank, "talk": decoder.served.bank}
+        for name, bank in banks.items():
+            digest = decoder.models[name][1].manifest.digest
+            wait_until(lambda bank=bank, digest=digest: bank.digests() == {digest})
+
+    def test_a_head_that_changed_in_memory_answers_nobody(self, encoder: Engine) -> None:
+        classifying, digest = encoder.served.classifying, encoder.models["kinds"][1].manifest.digest
+        sound = encoder.answers("kinds", [{"text": "fig"}])
+        residency = classifying._residency
+        assert residency is not None
+        wait_until(lambda: digest in residency._stored)
+        with ThreadPoolExecutor(2) as pool:
+            with all_waiting(encoder, 2):
+                asked = [pool.submit(encoder.ask, name, [{"text": "fig"}]) for name in ("kinds", "pairs")]
+                wait_until(lambda: classifying.waiting + classifying.running == 2)
+                next(iter(classifying.half.bank.row(digest).head.values())).zero_()
+                residency._audit(digest)
+            broken, other = (each.result() for each in asked)
+        assert (broken.status_code, broken.json()["error"]["code"]) == (500, "adapter_corrupted")
+        assert other.status_code == 200
+        assert close(encoder.answers("kinds", [{"text": "fig"}])[0], sound[0])
+
+    def test_more_adapters_at_once_than_there_is_room_for(self, tmp_path: Path) -> None:
+        wanted: dict[str, tuple[str, MethodName]] = {
+            "kinds": ("classification", "uora"),
+            "price": ("regression", "uora"),
+        }
+        with running(tmp_path, make_tiny_bert, wanted, engine_adapter_memory=0) as engine:
+            alone = {name: engine.answers(name, [{"text": "fig"}]) for name in wanted}
+            names = [*wanted] * 3
+            with ThreadPoolExecutor(len(names)) as pool:
+                with all_waiting(engine, len(names)):
+                    asked = [pool.submit(engine.answers, name, [{"text": "fig"}]) for name in names]
+                found = [each.result() for each in asked]
+            assert all(close(each[0], alone[name][0]) for name, each in zip(names, found, strict=True))
+            assert engine.served.classifying.resident == 1
 
 
 def test_too_long_texts_are_all_named(encoder: Engine) -> None:
@@ -223,8 +278,8 @@ def test_a_text_model_classifies_without_a_second_copy(decoder: Engine) -> None:
     assert isinstance(decoder.served, Runner)
     items = items_of(decoder.models["kinds"][0])
     assert all(map(close, decoder.answers("kinds", items), [decoder.answers("kinds", [item])[0] for item in items]))
-    text = {p.data_ptr() for p in decoder.served.bank._model.parameters()}
-    classifier = decoder.served.classifying.half.bank._model
+    text = {p.data_ptr() for p in decoder.served.scheduler._batcher._model.parameters()}
+    classifier = decoder.served.classifying.half.classifier._model
     own = [name for name, p in classifier.named_parameters() if p.data_ptr() not in text]
     assert own == []
     body = {"base_model": "tiny", "messages": HELLO, "max_tokens": 2}
@@ -244,10 +299,10 @@ def test_a_failing_item_fails_its_own_request_alone(encoder: Engine, monkeypatch
     expected = encoder.answers("kinds", [{"text": "fig"}])
     answer = Classifier.answer
 
-    def fail(self: Classifier, rows: Any, digests: Any) -> Any:
-        if any(len(row["input_ids"]) == 9 for row in rows):
+    def fail(self: Classifier, encoded: Any, adapters: Any) -> Any:
+        if any(len(each["input_ids"]) == 9 for each in encoded):
             raise MemoryError
-        return answer(self, rows, digests)
+        return answer(self, encoded, adapters)
 
     monkeypatch.setattr(Classifier, "answer", fail)
     texts = ["fig"] * 5 + ["aaaaaaa"] + ["fig"] * 5
@@ -260,28 +315,58 @@ def test_a_failing_item_fails_its_own_request_alone(encoder: Engine, monkeypatch
 
 
 def test_a_client_that_leaves_drops_its_items(encoder: Engine, passes: list[list[str]]) -> None:
-    digest = encoder.models["kinds"][1].manifest.digest
-    body = {"base_model": "tiny", "adapter": {"id": "kinds", "digest": digest}, "items": [{"text": "fig"}]}
-    encoder.answers("kinds", [{"text": "fig"}])
+    """From the client's connection to the api down to the engine's queue, and nobody else notices."""
+    digests = {name: artifact.manifest.digest for name, (_, artifact) in encoder.models.items()}
+    expected = {name: encoder.answers(name, [{"text": "fig"}]) for name in ("kinds", "pairs")}
     passes.clear()
-    classifying = encoder.served.classifying
-    with encoder.served.turn:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{encoder.url}/classify", json=body, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{encoder.url}/classify", json=body, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3)
-        wait_until(lambda: not classifying._holders)
-    wait_until(lambda: not classifying.waiting and not classifying.running)
-    assert len(passes) <= 1  # the first may have waited for the device already
+    queue = encoder.served.classifying._waiting
+    with service(encoder) as (url, headers), ThreadPoolExecutor(2) as pool:
+
+        def ask(name: str) -> httpx.Response:
+            body = {"model": name, "input": "fig"}
+            return httpx.post(f"{url}/v1/classify", json=body, headers=headers, timeout=60, trust_env=False)
+
+        with encoder.served.turn:
+            first = pool.submit(ask, "kinds")  # has the thread, which waits for the device
+            wait_until(lambda: encoder.served.classifying.running == 1)
+            leaving = begin(f"{url}/v1/classify", {"model": "price", "input": ["fig", "saw"]}, headers)
+            wait_until(lambda: len(queue) == 2)
+            staying = pool.submit(ask, "pairs")
+            wait_until(lambda: len(queue) == 3)
+            leaving.close()
+            wait_until(lambda: [item.request.done.cancelled() for item in queue] == [True, True, False])
+        answers = {"kinds": first.result(), "pairs": staying.result()}
+    for name, answer in answers.items():
+        assert answer.status_code == 200, answer.text
+        assert close(answer.json()["data"][0]["probs"], expected[name][0])
+    assert passes == [[digests["kinds"]], [digests["pairs"]]]
+
+
+@contextmanager
+def service(engine: Engine) -> Iterator[tuple[str, dict[str, str]]]:
+    """An api before the engine: its URL, and the headers of the project that has the models."""
+    with engine.sessions.begin() as session:
+        key = create_api_key(session, session.scalars(select(Project)).one(), name="tests")
+    register_engine(engine.sessions, engine.url)
+    with serve(create_api(engine.settings, queue=RecordingQueue())) as url:
+        yield url, {"Authorization": f"Bearer {key}"}
+
+
+def begin(url: str, body: dict[str, Any], headers: dict[str, str]) -> socket.socket:
+    """Send a request and read nothing."""
+    request = httpx.Request("POST", url, json=body, headers=headers)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection = socket.create_connection((request.url.host, request.url.port))
+    connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+    return connection
 
 
 def test_too_many_waiting_items_are_refused() -> None:
-    def never() -> Any:
-        raise AssertionError
-
-    classifying = Classifying(never, turn=threading.Lock(), max_waiting=3, max_tokens=64, max_adapters=1)
-    rows = [{"input_ids": [1]}] * 2
-    classifying.submit(rows, "d", None)  # not started: everything waits
+    unused: Any = None
+    classifying = Classifying(
+        unused, base_model="tiny", store=unused, turn=threading.Lock(), max_waiting=3, max_tokens=64
+    )
+    classifying.submit([{"input_ids": [1]}] * 2, unused)  # not started: everything waits
     with pytest.raises(EngineError) as refused:
-        classifying.submit(rows, "d", None)
+        classifying.submit([{"input_ids": [1]}] * 2, unused)
     assert (refused.value.status, refused.value.code) == (503, "engine_busy")

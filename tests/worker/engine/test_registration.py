@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 import pytest
+import structlog
 from sqlalchemy import select, text, update
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from api.database import database_now
 from api.engines import repository
@@ -106,6 +108,32 @@ def test_it_outlives_the_database(any_service: Service, make: Make) -> None:
         wait_until(lambda: len(logs) > 1, what="the end of the outage")
     assert [log["event"] for log in logs] == ["engine_not_registered", "engine_registered_again"]
     wait_until(lambda: heartbeat(any_service, "engines") > before, what="a heartbeat")
+
+
+def test_it_outlives_a_log_that_cannot_be_written(any_service: Service, make: Make) -> None:
+    """As when the pipe of the engine's output is closed, or its disk full."""
+    refused = []
+
+    def refuse(_logger: object, _name: str, event: EventDict) -> EventDict:
+        refused.append(event["event"])
+        raise BrokenPipeError("nobody reads this")
+
+    configured = structlog.get_config()["processors"]
+    structlog.configure(processors=[refuse])
+    try:
+        registration = make()
+        wait_until(lambda: rows(any_service), what="the row")
+        rename(any_service, "engines", "away")
+        wait_until(lambda: "engine_not_registered" in refused, what="the outage")
+        before = heartbeat(any_service, "away")
+        rename(any_service, "away", "engines")
+        wait_until(lambda: heartbeat(any_service, "engines") > before, what="a heartbeat")
+        wait_until(lambda: "engine_registered_again" in refused, what="the end of the outage")
+        registration.stop()
+    finally:
+        structlog.configure(processors=configured)
+    assert refused == ["engine_registered", "engine_not_registered", "engine_registered_again"]
+    assert rows(any_service) == []
 
 
 def test_a_row_that_was_swept_comes_back(any_service: Service, make: Make) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import delete, text, update
+from sqlalchemy import delete, event, text, update
 from structlog.testing import capture_logs
 
+from api.completions.engine import WRITING_TASKS
 from api.models.models import Adapter
 from tests.tiny import make_tiny_llama, make_tiny_tokenizer
 from tests.uora.serving.test_generation import Collected
 from tests.worker.engine.test_app import make_adapter
 from tests.worker.support import BASE_MODEL, Service, wait_until
-from uora.artifact import Artifact, dumps
+from uora.artifact import Artifact, dumps, loads
 from uora.data.templates import template_sha256
 from uora.errors import ArtifactError, DigestError
 from uora.models import LocalModel, fetch, load_model, load_tokenizer
@@ -24,12 +27,14 @@ from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Generation
 from uora.serving.rows import Row
 from uora.serving.sampling import Sampling
-from worker.engine import residency as module
+from uora.spec import Task
 from worker.engine.adapters import AdapterStore
+from worker.engine.checking import check_writer
 from worker.engine.residency import Residency
 from worker.engine.scheduler import Scheduler
 
 Make = Callable[..., Residency]
+on_postgresql = pytest.mark.parametrize("any_service", ["postgresql"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,8 @@ def make(any_service: Service, base: LocalModel, bank: AdapterBank) -> Iterator[
                 bank,
                 AdapterStore(any_service.sessions),
                 base_model=BASE_MODEL,
-                template_sha256=template_sha256(load_tokenizer(base)),
+                tasks=WRITING_TASKS,
+                check=partial(check_writer, bank=bank, template_sha256=template_sha256(load_tokenizer(base))),
                 **({"interval": 0.1} | options),  # type: ignore[arg-type]
             )
             if start:
@@ -140,8 +146,8 @@ def test_what_enters_while_the_database_is_read_stays(
     residency = make()
     digests = AdapterStore.digests
 
-    def slowly(self: AdapterStore, base_model: str) -> dict[str, int]:
-        found = digests(self, base_model)
+    def slowly(self: AdapterStore, *wanted: Any) -> dict[str, int]:
+        found = digests(self, *wanted)
         bank.put(adapters[0])
         return found
 
@@ -150,17 +156,14 @@ def test_what_enters_while_the_database_is_read_stays(
     assert digest(adapters[0]) in bank
 
 
-def test_replaced_content(
-    any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_content(any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact]) -> None:
+    """As when another checkpoint is promoted: what the name stood for before is gone at the next look."""
     first, second, third = adapters
     add(any_service, "first", first)
     add(any_service, "second", second)
     residency = make()
     residency.look()
     store(any_service, "first", digest=digest(third), artifact=dumps(third))
-    monkeypatch.setattr(module, "COMPARISON_SECONDS", 0.0)
-    residency._compare_at = 0.0  # its time has come
     residency.look()
     assert bank.digests() == {digest(second), digest(third)}
     store(any_service, "first", digest=digest(second), artifact=dumps(second))
@@ -189,6 +192,50 @@ def test_only_adapters_of_the_base_model(
     add(any_service, "second", adapters[1])
     make().look()
     assert bank.digests() == {digest(adapters[1])}
+
+
+def test_adapters_of_other_tasks_are_not_read(
+    any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact]
+) -> None:
+    first, second, third = adapters
+    add(any_service, "chat", first)
+    add(any_service, "completion", for_task(second, "completion"))
+    add(any_service, "classification", for_task(third, "classification"))
+    residency = make()
+    with capture_logs() as logs:
+        residency.look()
+    assert bank.digests() == {digest(first), digest(for_task(second, "completion"))}
+    assert logs == []
+
+
+@on_postgresql
+def test_a_commit_that_began_before_another_is_not_missed(
+    any_service: Service, make: Make, bank: AdapterBank, adapters: list[Artifact]
+) -> None:
+    first, second, _ = adapters
+    residency = make()
+    with any_service.sessions.begin() as slow:
+        slow.add(row(any_service, "first", first))
+        slow.flush()
+        add(any_service, "second", second)
+        residency.look()
+        assert bank.digests() == {digest(second)}
+    residency.look()
+    assert bank.digests() == {digest(first), digest(second)}
+
+
+@on_postgresql
+def test_ten_thousand_rows_cost_a_look_nothing(any_service: Service) -> None:
+    store = AdapterStore(any_service.sessions)
+    add_many(any_service, 2)
+    few = plan(any_service, lambda: store.version(BASE_MODEL))
+    add_many(any_service, 10_000)
+    many = plan(any_service, lambda: store.version(BASE_MODEL))
+    assert "adapter_versions" in str(few)
+    assert few == many
+    compared = plan(any_service, lambda: store.digests(BASE_MODEL, WRITING_TASKS))
+    assert "'Index Only Scan'" in str(compared)
+    assert "'ix_adapters_base_model_task_seq_digest'" in str(compared)
 
 
 def test_what_is_refused_is_logged_once_and_holds_nobody_up(
@@ -239,10 +286,10 @@ def test_an_outage_is_logged_once_and_changes_nothing(
     residency = make()
     residency._attempt()
     with capture_logs() as logs:
-        rename(any_service, "adapters", "away")
+        rename(any_service, "adapter_versions", "away")
         residency._attempt()
         residency._attempt()
-        rename(any_service, "away", "adapters")
+        rename(any_service, "away", "adapter_versions")
         residency._attempt()
     assert [entry["event"] for entry in logs] == ["adapters_not_compared", "adapters_compared_again"]
     assert bank.digests() == {digest(adapters[0])}
@@ -405,20 +452,57 @@ def give_row(bank: AdapterBank, one: str, other: str) -> None:
 CORRUPTIONS = {"overwritten": overwrite, "anothers_numbers": give_numbers, "anothers_row": give_row}
 
 
-def add(
+def for_task(artifact: Artifact, task: Task) -> Artifact:
+    return loads(dumps(Artifact(artifact.manifest.model_copy(update={"task": task}), artifact.tensors)))
+
+
+def row(
     service: Service, name: str, artifact: Artifact, *, stored: bytes | None = None, base_model: str = BASE_MODEL
-) -> None:
+) -> Adapter:
+    return Adapter(
+        id=name,
+        project_id=service.project.id,
+        base_model=base_model,
+        digest=digest(artifact),
+        manifest=artifact.manifest.model_dump(mode="json"),
+        artifact=stored or dumps(artifact),
+    )
+
+
+def add(service: Service, name: str, artifact: Artifact, **values: Any) -> None:
     with service.sessions.begin() as session:
-        session.add(
-            Adapter(
-                id=name,
-                project_id=service.project.id,
-                base_model=base_model,
-                digest=digest(artifact),
-                manifest=artifact.manifest.model_dump(mode="json"),
-                artifact=stored or dumps(artifact),
-            )
+        session.add(row(service, name, artifact, **values))
+
+
+def add_many(service: Service, count: int) -> None:
+    """Rows that nobody loads, of two base models and as wide as real ones, and what PostgreSQL knows of them."""
+    with service.engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO adapters (id, created_at, project_id, base_model, task, digest, manifest, artifact) "
+                "SELECT gen_random_uuid(), now(), :project, (ARRAY[:base, 'another'])[1 + number % 2], 'chat', "
+                "sha256(number::text::bytea)::text, jsonb_build_object('modules', repeat(md5(number::text), 40)), '' "
+                "FROM generate_series(1, :count) AS number"
+            ),
+            {"project": service.project.id, "base": BASE_MODEL, "count": count},
         )
+    with service.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("VACUUM ANALYZE adapters, adapter_versions"))
+
+
+def plan(service: Service, query: Callable[[], object]) -> Any:
+    """PostgreSQL's plan for a query."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(service.engine, "before_cursor_execute", note)
+    query()
+    event.remove(service.engine, "before_cursor_execute", note)
+    ((statement, parameters),) = asked
+    with service.engine.connect() as connection:
+        return connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
 
 
 def store(service: Service, name: str, **values: object) -> None:

@@ -1,0 +1,66 @@
+"""The scripts of docs/webhooks.md are run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.api.support import ROOT, Service, wait_until
+
+MAKE, RECEIVE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "webhooks.md").read_text(), flags=re.DOTALL)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def test_the_receiver_takes_what_the_endpoint_is_sent(
+    service: Service,
+    client: OpenAI,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{service.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", service.tenant.key)
+    names: dict[str, Any] = {}
+    exec(MAKE, names)  # noqa: S102 - the page's own script
+    endpoint = names["endpoint"]
+    assert capsys.readouterr().out.strip() == endpoint.signing_secret
+
+    port = free_port()
+    client.webhooks.update(endpoint.id, url=f"http://127.0.0.1:{port}/hook")
+    (tmp_path / "receiver.py").write_text(RECEIVE)
+    environment = os.environ | {"PORT": str(port), "OPENAI_WEBHOOK_SECRET": endpoint.signing_secret}
+    with (tmp_path / "said").open("w") as said:
+        receiver = subprocess.Popen(
+            [sys.executable, "receiver.py"], cwd=tmp_path, env=environment, stdout=said, stderr=said
+        )
+        try:
+            wait_until(lambda: status_of(client, endpoint.id) == 204)
+            client.webhooks.rotate_secret(endpoint.id)
+            assert status_of(client, endpoint.id) == 401
+        finally:
+            receiver.terminate()
+            receiver.wait(timeout=10)
+    assert "fine_tuning.job.succeeded ftjob-sample\n" in (tmp_path / "said").read_text()
+
+
+def status_of(client: OpenAI, endpoint_id: str) -> int | None:
+    """What the receiver answers; None while it starts."""
+    try:
+        return client.webhooks.test(endpoint_id, event_type="fine_tuning.job.succeeded").status_code
+    except openai.BadRequestError:
+        return None

@@ -1,0 +1,273 @@
+"""Importing through the api into a real engine: what was trained elsewhere answers as it did there."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from sqlalchemy.orm import Session, sessionmaker
+from transformers import AutoModelForCausalLM
+
+from api.database import make_engine, make_sessions
+from api.main import create_app
+from api.models.models import Adapter
+from api.settings import Settings
+from tests.api.support import NO_TLS, ROOT, RecordingQueue, Tenant, make_tenant, migrate, register_engine, serve
+from tests.tiny import make_tiny_llama
+from uora.artifact import Artifact, dumps, loads
+from uora.models import fetch, load_tokenizer
+from worker.engine.app import create_app as create_engine
+
+PROMPT = "hello there"
+
+
+@dataclass
+class World:
+    """An api, an engine, and two projects."""
+
+    url: str
+    folder: Path
+    tenants: tuple[Tenant, Tenant]
+    sessions: sessionmaker[Session]
+    settings: Settings
+
+    def client(self, tenant: int = 0) -> OpenAI:
+        transport = openai.DefaultHttpxClient(verify=NO_TLS)
+        key = self.tenants[tenant].key
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, http_client=transport, max_retries=0, timeout=60)
+
+    def send(self, content: bytes, *, tenant: int = 0, name: str = "adapter.zip", **fields: str) -> dict[str, Any]:
+        """Import with the official client."""
+        answer = self.client(tenant).post(
+            "/models",
+            cast_to=httpx.Response,
+            body={"base_model": "tiny"} | fields,
+            files=[("file", (name, content))],
+            options={"headers": {"Content-Type": "multipart/form-data"}},
+        )
+        made: dict[str, Any] = answer.json()
+        return made
+
+    def ask(self, model: str, *, tenant: int = 0) -> str:
+        done = self.client(tenant).completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0)
+        return done.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("importing")
+    settings = Settings(
+        _env_file=None,
+        home=folder,
+        cache_dir=folder / "cache",
+        base_models={"tiny": f"path:{make_tiny_llama(folder / 'tiny', max_tokens=256)}"},
+        engine_token="token",  # type: ignore[arg-type]
+        engine_max_rows=4,
+        dtype="float32",
+        max_adapter_bytes=1_000_000,
+    )
+    migrate(settings.database_url)
+    sessions = make_sessions(make_engine(settings.database_url))
+    with sessions.begin() as session:
+        tenants = make_tenant(session, "Acme"), make_tenant(session, "Stranger")
+    with serve(create_engine(settings)) as engine_url:
+        register_engine(sessions, engine_url)
+        with serve(create_app(settings, queue=RecordingQueue())) as url:
+            yield World(url, folder, tenants, sessions, settings)
+
+
+def peft_folder(world: World, config: LoraConfig | VeraConfig, folder: Path) -> str:
+    """A strong adapter saved by stock PEFT; what it makes of the prompt."""
+    base = fetch("tiny", world.settings.base_models["tiny"], cache_dir=world.settings.cache_dir)
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return stock_answer(model, load_tokenizer(base))
+
+
+def stock_answer(model: PeftModel, tokenizer: Any) -> str:
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = model.eval().generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    text: str = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def zipped(folder: Path) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"my-adapter/{file.name}")
+    return packed.getvalue()
+
+
+def tarred(folder: Path, mode: str) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
+        archive.add(folder, "my-adapter")
+    return packed.getvalue()
+
+
+PACKERS: list[Callable[[Path], bytes]] = [zipped, lambda f: tarred(f, "w"), lambda f: tarred(f, "w:gz")]
+
+
+@pytest.mark.parametrize("pack", PACKERS, ids=["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_a_peft_folder_answers_as_with_stock_peft(
+    world: World, tmp_path: Path, method: str, pack: Callable[[Path], bytes]
+) -> None:
+    config = {
+        "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
+        "vera": VeraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]),
+    }[method]
+    expected = peft_folder(world, config, tmp_path)
+    made = world.send(pack(tmp_path), suffix="mine")
+    assert made["id"].startswith(f"ft:tiny:{world.tenants[0].slug}:mine:")
+    assert (made["owned_by"], made["parent"], made["root"]) == (world.tenants[0].slug, "tiny", "tiny")
+    assert world.ask(made["id"]) == expected != world.ask("tiny")
+    with pytest.raises(openai.NotFoundError):
+        world.ask(made["id"], tenant=1)
+    assert world.client().models.delete(made["id"]).deleted
+
+
+def test_a_download_is_imported_elsewhere(world: World, tmp_path: Path) -> None:
+    """As it is stored, by another project; and its LoRA."""
+    expected = peft_folder(world, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    name = world.send(zipped(tmp_path))["id"]
+    for form in ("uora", "lora"):
+        content = world.client().get(f"/models/{name}/adapter?format={form}", cast_to=httpx.Response).content
+        made = world.send(content, tenant=1, name="adapter")
+        assert world.ask(made["id"], tenant=1) == expected
+
+
+def test_the_scripts_of_the_page(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share, load = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    expected = peft_folder(world, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    (tmp_path / "adapter.zip").write_bytes(zipped(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"client": world.client(), "base_model": "tiny"}
+    exec(load, names)  # noqa: S102 - the page's own script
+    name = capsys.readouterr().out.strip()
+    assert world.ask(name) == expected
+    guest = world.tenants[1].project_id
+    exec(share, names | {"model": name, "other_project": guest})  # noqa: S102 - the page's own script
+    assert guest in capsys.readouterr().out
+
+
+def stored(world: World, tmp_path: Path) -> Artifact:
+    peft_folder(world, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    name = world.send(zipped(tmp_path))["id"]
+    with world.sessions() as session:
+        return loads(session.query(Adapter).filter_by(id=name).one().artifact)
+
+
+def test_what_does_not_belong_to_the_base_model_is_refused(world: World, tmp_path: Path) -> None:
+    good = stored(world, tmp_path)
+    shape = good.manifest.modules[0]
+    elsewhere = (shape.model_copy(update={"name": "model.layers.0.z_proj"}), *good.manifest.modules[1:])
+    for changes, code in (
+        ({"base_digest": "0" * 64}, "base_model_mismatch"),
+        ({"chat_template_sha256": "0" * 64}, "chat_template_mismatch"),
+        ({"modules": elsewhere}, "adapter_shape_mismatch"),
+        ({"task": "classification"}, "model_not_supported"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            world.send(dumps(Artifact(good.manifest.model_copy(update=changes), good.tensors)))
+        assert (caught.value.code, caught.value.param) == (code, "file")
+
+
+def packed(**files: bytes) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace("_dot_", "."), data)
+    return content.getvalue()
+
+
+CONFIG = json.dumps({"peft_type": "LORA", "r": 4}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code", "said"),
+    [
+        (b"", 400, "adapter_format", "a zip or tar of a PEFT folder"),
+        (b"\x80\x04pickle", 400, "adapter_format", "a zip or tar of a PEFT folder"),
+        (b"PK\x03\x04broken", 400, "invalid_archive", "cannot be read"),
+        (b"\x1f\x8bbroken", 400, "invalid_archive", "cannot be read"),
+        (packed(adapter_config_dot_json=CONFIG), 400, "invalid_archive", "each once"),
+        (
+            packed(adapter_config_dot_json=CONFIG, adapter_model_dot_bin=b"\x80"),
+            400,
+            "invalid_archive",
+            "a pickle and is never read",
+        ),
+        (
+            packed(adapter_config_dot_json=CONFIG, adapter_model_dot_safetensors=b"\0" * 1_000_001),
+            413,
+            "request_too_large",
+            "more than 1,000,000 bytes",
+        ),
+        (b"x" * 1_000_001, 413, "request_too_large", "more than 1,000,000 bytes"),
+        (b"x" * 2_000_000, 413, "request_too_large", "more than"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(world: World, content: bytes, status: int, code: str, said: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        world.send(content)
+    assert (caught.value.status_code, caught.value.code) == (status, code)
+    assert said in caught.value.message
+
+
+def test_a_gzip_that_unpacks_to_too_much_is_not_unpacked(world: World) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        info = tarfile.TarInfo("zeros")
+        info.size = 50_000_000
+        archive.addfile(info, _Zeros(info.size))
+    assert len(content.getvalue()) < 1_000_000
+    with pytest.raises(openai.APIStatusError) as caught:
+        world.send(content.getvalue())
+    assert caught.value.status_code == 413
+
+
+class _Zeros(io.RawIOBase):
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def read(self, size: int = -1) -> bytes:
+        given = min(size, self._left)
+        self._left -= given
+        return bytes(given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"base_model": "other"}, 404, "base_model"),
+        ({"suffix": "no spaces"}, 400, "suffix"),
+        ({"task": "classification"}, 400, "task"),
+        ({"colour": "red"}, 400, "colour"),
+    ],
+)
+def test_fields_that_cannot_be_used(world: World, fields: dict[str, str], status: int, param: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        world.send(b"x", **fields)
+    assert (caught.value.status_code, caught.value.param) == (status, param)
