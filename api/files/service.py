@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import BinaryIO, Final
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -20,7 +19,7 @@ from api.files.upload import Upload
 from api.jobs.repository import JobRepository
 from api.pagination import Page, PageQuery
 from api.reports import service as reports
-from api.storage import CHUNK_BYTES, ObjectStore, StoredObject
+from api.storage import ObjectStore, StoredObject
 from api.unit_of_work import UnitOfWork
 from uora.data.report import DatasetReport
 
@@ -123,10 +122,3 @@ def delete(work: UnitOfWork, caller: Caller, file_id: str, *, storage: ObjectSto
     mark_deleted(work.session, file)
     work.on_commit(partial(storage.delete, file.storage_key))
     return file
-
-
-def read_chunks(source: BinaryIO) -> Iterator[bytes]:
-    """The content in pieces; closes ``source`` at the end."""
-    with source:
-        while chunk := source.read(CHUNK_BYTES):
-            yield chunk

@@ -31,6 +31,18 @@ def test_a_file_comes_back_as_it_was_sent(service: Service, client: OpenAI) -> N
     assert client.files.content(created.id).read() == content
 
 
+def test_a_download_that_broke_off_goes_on(service: Service, client: OpenAI) -> None:
+    created = client.files.create(file=bytes(range(200)), purpose="user_data")
+    url = f"/v1/files/{created.id}/content"
+    whole = service.http().get(url)
+    assert (whole.status_code, whole.headers["content-length"]) == (200, "200")
+    assert whole.headers["content-type"] == "application/octet-stream"
+    rest = service.http().get(url, headers={"range": "bytes=150-", "if-range": whole.headers["etag"]})
+    assert (rest.status_code, rest.content) == (206, bytes(range(150, 200)))
+    assert rest.headers["content-range"] == "bytes 150-199/200"
+    assert service.http().get(url, headers={"range": "bytes=200-"}).status_code == 416
+
+
 def test_raw_bytes_and_expiry_are_accepted(client: OpenAI) -> None:
     created = client.files.create(
         file=ROWS, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
