@@ -28,6 +28,12 @@ class ReportRepository(Repository[FileReport]):
         """The report that answers the same request."""
         return self.session.scalar(self.visible().where(FileReport.file_id == file_id, FileReport.key == request.key))
 
+    def find_made(self, file_id: str, request: ReportRequest) -> FileReport | None:
+        """A report that says all that is asked, and perhaps more: one that was made for an estimate."""
+        says_it = FileReport.rows_key if request.adapter is None else FileReport.key
+        made = self.visible().where(FileReport.file_id == file_id, says_it == request.key)
+        return self.session.scalar(made.where(FileReport.status == ReportStatus.COMPLETED).limit(1))
+
     def add_queued(self, file_id: str, request: ReportRequest) -> tuple[FileReport, bool]:
         """The report that answers the request, and whether it is a new one: another may have asked meanwhile."""
         try:

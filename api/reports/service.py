@@ -138,7 +138,8 @@ def _base_model(session: Session, caller: Caller, model: str, base_models: Colle
 def ask(work: UnitOfWork, caller: Caller, *, file_id: str, request: ReportRequest) -> FileReport:
     """The report that answers a request, made or being made; the caller has locked the file, shared at least."""
     reports = ReportRepository(work.session, caller.project_id)
-    found, is_new = reports.find_same(file_id, request), False
+    found = reports.find_made(file_id, request) or reports.find_same(file_id, request)
+    is_new = False
     if found is None:
         found, is_new = reports.add_queued(file_id, request)
     elif found.status == ReportStatus.FAILED and found.finished_at and now() - found.finished_at > TRY_AGAIN_AFTER:
