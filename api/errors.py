@@ -4,6 +4,7 @@
 ApiError 500 internal_error
   ├── InvalidRequest 400          a value that cannot be used; names its parameter
   │     ├── UnsupportedParameter    a parameter of OpenAI's that is not offered here
+  │     ├── UploadNotPending        parts can no longer be added to it, or put together
   │     ├── JobNotCancellable       the job has ended
   │     ├── JobNotPausable          it has ended, or is being cancelled
   │     ├── JobNotResumable         it is not paused, and has not failed with a state to go on from
@@ -16,6 +17,7 @@ ApiError 500 internal_error
   ├── PermissionDenied 403
   ├── NotFound 404                not there, or of another project: a caller cannot tell which
   │     ├── FileNotFound
+  │     ├── UploadNotFound
   │     ├── JobNotFound
   │     ├── CheckpointNotFound
   │     ├── SweepNotFound
@@ -96,6 +98,12 @@ class UnsupportedParameter(InvalidRequest):
     """A parameter of OpenAI's that is not offered here. It is refused, since ignoring it would mislead."""
 
     code = "unsupported_parameter"
+
+
+class UploadNotPending(InvalidRequest):
+    """The upload was completed or cancelled, or has expired."""
+
+    code = "upload_not_pending"
 
 
 class JobNotCancellable(InvalidRequest):
@@ -180,6 +188,12 @@ class FileNotFound(NotFound):
     """No such file in the caller's project."""
 
     code = "file_not_found"
+
+
+class UploadNotFound(NotFound):
+    """No such upload in the caller's project."""
+
+    code = "upload_not_found"
 
 
 class JobNotFound(NotFound):

@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         BodyLimit,
         max_json_bytes=settings.max_json_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        max_part_bytes=settings.max_part_bytes,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
     app.add_middleware(RequestContext)  # added last, so outermost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import structlog
@@ -18,6 +19,7 @@ log = structlog.get_logger(__name__)
 #: The only routes whose body goes to a file, and only after the key was checked; all others hold it in memory.
 UPLOAD_PATH = "/v1/files"
 IMPORT_PATH = "/v1/models"
+PART_PATH = re.compile(r"/v1/uploads/[^/]+/parts")
 #: Boundaries and fields around an uploaded file.
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
@@ -66,13 +68,22 @@ class RequestContext:
 class BodyLimit:
     """Stop reading a body that is over its limit, told or not by Content-Length."""
 
-    def __init__(self, app: ASGIApp, *, max_json_bytes: int, max_upload_bytes: int, max_adapter_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_json_bytes: int,
+        max_upload_bytes: int,
+        max_part_bytes: int,
+        max_adapter_bytes: int,
+    ) -> None:
         self._app = app
         self._max_json_bytes = max_json_bytes
         self._max_bytes = {
             UPLOAD_PATH: max_upload_bytes + MULTIPART_OVERHEAD_BYTES,
             IMPORT_PATH: max_adapter_bytes + MULTIPART_OVERHEAD_BYTES,
         }
+        self._max_part_bytes = max_part_bytes + MULTIPART_OVERHEAD_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -80,7 +91,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self._max_bytes.get(scope["path"], self._max_json_bytes)
+        limit = self._limit(scope["path"])
         announced = int(headers["content-length"]) if headers.get("content-length", "").isdecimal() else 0
         received = 0
 
@@ -95,6 +106,11 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited_receive, send)
+
+    def _limit(self, path: str) -> int:
+        if path.startswith("/v1/uploads/") and PART_PATH.fullmatch(path):
+            return self._max_part_bytes
+        return self._max_bytes.get(path, self._max_json_bytes)
 
 
 def _too_large(limit: int) -> HTTPException:

@@ -19,8 +19,10 @@ class TaskName(StrEnum):
     """Tasks the worker registers."""
 
     VALIDATE = "files.validate"
+    REPORT = "files.report"
     TRAIN = "training.run"
     SWEEP = "maintenance.sweep"
+    TIDY = "maintenance.tidy"
     DELIVER = "webhooks.deliver"
 
 
@@ -28,8 +30,10 @@ class TaskName(StrEnum):
 #: too, whose receivers may take their time.
 QUEUES: dict[TaskName, str] = {
     TaskName.VALIDATE: "files",
+    TaskName.REPORT: "files",
     TaskName.TRAIN: "training",
     TaskName.SWEEP: "maintenance",
+    TaskName.TIDY: "maintenance",
     TaskName.DELIVER: "webhooks",
 }
 

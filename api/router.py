@@ -8,13 +8,16 @@ from fastapi import FastAPI
 
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
+from api.estimates.endpoints import router as estimates
 from api.files.endpoints import router as files
 from api.handlers import ErrorBody
 from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
 from api.permissions.endpoints import router as permissions
+from api.reports.endpoints import router as reports
 from api.sweeps.endpoints import router as sweeps
+from api.uploads.endpoints import router as uploads
 from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
@@ -25,6 +28,7 @@ def include_routers(app: FastAPI) -> None:
     """Mount every domain on the app itself, the polled one first: FastAPI looks through all routes before, once for
     each router around them."""
     responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-    for domain in (jobs, files, sweeps, permissions, models, completions, classifications, webhooks):
+    tuning = (jobs, files, reports, uploads, estimates, sweeps)
+    for domain in (*tuning, permissions, models, completions, classifications, webhooks):
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)

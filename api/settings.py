@@ -10,6 +10,8 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from uora.estimate import Prices
+
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
@@ -95,6 +97,12 @@ class Settings(DatabaseSettings):
     wandb_base_url: str = "https://api.wandb.ai"
 
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    #: A file that is uploaded in parts, and each of its parts.
+    max_large_upload_bytes: int = Field(default=8 * 1024**3, ge=1)
+    max_part_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    #: What training costs, for estimates, in whatever currency: per second, and per thousand tokens of all epochs.
+    price_per_second: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    price_per_thousand_tokens: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     #: An adapter that is imported, as a file and as it is stored; 1 GB is the most that a database takes.
     max_adapter_bytes: int = Field(default=256 * 1024 * 1024, ge=1, le=900_000_000)
     #: Every other request body.
@@ -125,6 +133,11 @@ class Settings(DatabaseSettings):
             self.engine_max_tokens, self.engine_max_rows * self.engine_max_tokens // 4
         )
         return self
+
+    @property
+    def prices(self) -> Prices:
+        """What training costs."""
+        return Prices(self.price_per_second, self.price_per_thousand_tokens)
 
     @property
     def queue_dir(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
@@ -230,5 +231,9 @@ def stored_bytes(spec: AdapterSpec, modules: Sequence[ModuleShape]) -> int:
         base_model="base-model", base_digest="0" * 64, chat_template_sha256="0" * 64, data_sha256="0" * 64,
         adapter=spec, modules=tuple(modules), fingerprint=dict.fromkeys(names, probes),
     )  # fmt: skip
-    tensors = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.shapes(spec, modules).items()}
-    return len(dumps(Artifact(manifest, tensors)))
+    header: dict[str, Any] = {"__metadata__": {_HEADER_KEY: _canonical(manifest.model_dump(mode="json"))}}
+    end = 0
+    for name, (shape, dtype) in layout.shapes(spec, modules).items():  # none is made: they may be gigabytes
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    return 8 + len(json.dumps(header, separators=(",", ":"))) + end

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from uora.artifact import Artifact, loads, stored_bytes
-from uora.data import DatasetReport, Overlong, build_report, detect_task, unreadable_report
-from uora.errors import BaseModelError, DataError, ExportError, UoraError
+from uora.data import MAX_PREVIEWS, DatasetReport, Overlong
+from uora.errors import BaseModelError, ExportError, UoraError
+from uora.estimate import Prices
 from uora.layout import ModuleShape, trainable_parameters
 from uora.reportview import render_report
 from uora.spec import (
@@ -74,6 +75,13 @@ def validate(
     training: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The training file that this one validates.")
     ] = None,
+    previews: Annotated[int, typer.Option(min=0, max=MAX_PREVIEWS, help="Rows that are shown.")] = 1,
+    price_per_second: Annotated[
+        float, typer.Option(min=0, envvar="UORA_PRICE_PER_SECOND", help="Of training, for the estimate.")
+    ] = 0.0,
+    price_per_thousand_tokens: Annotated[
+        float, typer.Option(min=0, envvar="UORA_PRICE_PER_THOUSAND_TOKENS", help="Of all epochs, for the same.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """What a file of rows is, what it costs a model in tokens, and what is wrong with it.
@@ -81,7 +89,16 @@ def validate(
     Ends with 0 if the file can be trained on, with 1 if it has problems, with 2 if the command has.
     """
     with _one_line_errors():
-        report = _report(file, model, task, max_length=max_length, overlong=overlong, training=training)
+        report = _report(
+            file,
+            model,
+            task,
+            max_length=max_length,
+            overlong=overlong,
+            training=training,
+            n_previews=previews,
+            prices=Prices(price_per_second, price_per_thousand_tokens),
+        )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
@@ -178,29 +195,21 @@ def _report(
     max_length: int | None,
     overlong: Overlong,
     training: Path | None,
+    n_previews: int,
+    prices: Prices,
 ) -> DatasetReport:
-    from uora.encoders import row_encoder  # they take seconds to import
+    from uora.encoders import report_file  # they take seconds to import
     from uora.sizing import with_estimate
 
     base = _fetch(model)
-    try:
-        told = detect_task(file) if task == "auto" else task
-    except DataError as error:
-        return unreadable_report(file, error)
-    encoder = row_encoder(told, base)
-    report = build_report(
-        file,
-        told,
-        encode=encoder.encode,
-        decode=encoder.decode,
-        max_length=encoder.max_length(max_length),
-        overlong=overlong,
-        training=training,
+    told = None if task == "auto" else task
+    report = report_file(
+        file, base, task=told, max_length=max_length, overlong=overlong, training=training, n_previews=n_previews
     )
-    if not report.trainable or training is not None:
+    if not report.trainable or training is not None or report.task is None:
         return report
     options = TrainingOptions(max_length=max_length, overlong=overlong)
-    return with_estimate(report, _default_training(told, report.rows_usable, options), base)
+    return with_estimate(report, _default_training(report.task, report.rows_usable, options), base, prices=prices)
 
 
 def _default_training(task: Task, rows: int, options: TrainingOptions) -> TrainingSpec:

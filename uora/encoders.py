@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from uora.data import (
     ChatRow,
     CompletionRow,
+    DatasetReport,
     Decode,
     Encode,
     Example,
     ImageRow,
+    Overlong,
     Row,
     TextRow,
+    build_report,
+    detect_task,
     encode_chat,
     encode_completion,
     open_image,
+    unreadable_report,
 )
+from uora.errors import DataError
 from uora.models import LocalModel, context_tokens, load_image_inputs, load_text_inputs, load_tokenizer
 from uora.spec import Task
 
@@ -40,6 +47,47 @@ class RowEncoder:
         """Tokens of a row at most, where somebody asks for no more than so many."""
         limits = [limit for limit in (asked, self.max_tokens) if limit is not None]
         return min(limits) if limits and self.max_tokens is not None else None
+
+
+def report_file(
+    path: Path,
+    base: LocalModel,
+    *,
+    task: Task | None,
+    max_length: int | None = None,
+    overlong: Overlong = "error",
+    training: Path | None = None,
+    n_previews: int = 1,
+) -> DatasetReport:
+    """What a base model finds in a file: the one report of the command line, of uploads and of jobs.
+
+    Args:
+        path: of the file.
+        base: whose tokens are counted.
+        task: what the rows are for; None to tell it by the first.
+        max_length: tokens of a row at most; None for the model's context, beyond which it cannot be.
+        overlong: what happens to longer rows.
+        training: the training file, if this is the validation file beside it.
+        n_previews: rows that are shown.
+
+    Raises:
+        BaseModelError: the base model has no tokenizer or image processor for the task.
+    """
+    try:
+        told = task or detect_task(path)
+    except DataError as error:
+        return unreadable_report(path, error)
+    encoder = row_encoder(told, base)
+    return build_report(
+        path,
+        told,
+        encode=encoder.encode,
+        decode=encoder.decode,
+        max_length=encoder.max_length(max_length),
+        overlong=overlong,
+        training=training,
+        n_previews=n_previews,
+    )
 
 
 def row_encoder(task: Task, base: LocalModel) -> RowEncoder:

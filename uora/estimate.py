@@ -20,6 +20,25 @@ COSTS_FILE = "costs.json"
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What training costs, in whatever currency."""
+
+    per_second: float = 0.0
+    #: Of all epochs.
+    per_thousand_tokens: float = 0.0
+
+    def cost(self, *, tokens: int, seconds: float | None) -> float | None:
+        """Of a whole run; None where it depends on seconds that are not known."""
+        if seconds is None and self.per_second:
+            return None
+        return self.per_second * (seconds or 0.0) + self.per_thousand_tokens * tokens / 1000
+
+
+#: Of a service that bills nobody.
+FREE = Prices()
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Of a base model and an adapter on it.
 
@@ -40,6 +59,23 @@ class Sizes:
     adapter_numbers: int
     vocabulary: int
     hidden: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an adapter on a base model is, before it is trained.
+
+    Attributes:
+        sizes: that its training takes time and memory for.
+        tokens_at_once: that go through the model together.
+        trainable_parameters: numbers that are trained, a classifier's head left out.
+        adapter_bytes: of the stored adapter, a classifier's head left out.
+    """
+
+    sizes: Sizes
+    tokens_at_once: int
+    trainable_parameters: int
+    adapter_bytes: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +152,13 @@ def measured_costs() -> Costs | None:
 
 
 def estimate(
-    spec: TrainingSpec, sizes: Sizes, report: DatasetReport, *, tokens_at_once: int, costs: Costs | None
+    spec: TrainingSpec,
+    sizes: Sizes,
+    report: DatasetReport,
+    *,
+    tokens_at_once: int,
+    costs: Costs | None,
+    prices: Prices = FREE,
 ) -> Estimate:
     """What training as ``spec`` says on the file of ``report`` would take.
 
@@ -128,10 +170,12 @@ def estimate(
         report: on the training file.
         tokens_at_once: that go through the model together.
         costs: coefficients; None for an estimate of the tokens alone.
+        prices: what a second and tokens cost.
     """
-    rows, epochs = report.rows_usable, spec.hyperparameters.n_epochs
+    rows, tokens = report.rows_usable, report.tokens * spec.hyperparameters.n_epochs
     if costs is None or not report.tokens:  # images have no tokens, and are not measured
-        return Estimate(tokens=report.tokens * epochs, seconds=None, memory_bytes=None)
+        cost = prices.cost(tokens=tokens, seconds=None)
+        return Estimate(tokens=tokens, seconds=None, memory_bytes=None, cost=cost)
     rows_of_step = min(rows, spec.hyperparameters.batch_size * spec.options.gradient_accumulation_steps)
     work = Work(
         sizes=sizes,
@@ -141,9 +185,11 @@ def estimate(
         row_tokens=report.tokens / rows,
         tokens_at_once=tokens_at_once,
     )
+    seconds = costs.step_seconds(work) * spec.total_steps(rows)
     return Estimate(
-        tokens=report.tokens * epochs,
-        seconds=costs.step_seconds(work) * spec.total_steps(rows),
+        tokens=tokens,
+        seconds=seconds,
         memory_bytes=round(costs.memory_bytes(work)),
         machine=costs.machine,
+        cost=prices.cost(tokens=tokens, seconds=seconds),
     )

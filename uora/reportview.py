@@ -58,6 +58,8 @@ def _facts(report: DatasetReport) -> Iterator[tuple[str, str]]:
         yield "labels", f"{report.numbers.min:g} to {report.numbers.max:g}, mean {report.numbers.mean:g}"
     if report.estimate is not None and report.estimate.seconds is not None:
         yield "estimate", _estimate(report.estimate)
+        if report.estimate.cost:
+            yield "cost", f"{report.estimate.cost:,.2f}"
     yield "trainable", "yes" if report.trainable else "no"
 
 

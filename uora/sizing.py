@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from uora import layout, targets
+from uora.artifact import stored_bytes
 from uora.data import DatasetReport
-from uora.estimate import Sizes, estimate, measured_costs
+from uora.estimate import FREE, Footprint, Prices, Sizes, estimate, measured_costs
 from uora.layout import trainable_parameters
 from uora.models import LocalModel, load_skeleton
 from uora.spec import AdapterSpec, Task, TrainingSpec
@@ -14,14 +15,38 @@ from uora.training.batches import MAX_TOKENS_AT_ONCE
 _NUMBERS_OF_TRAINED = 4
 
 
-def with_estimate(report: DatasetReport, spec: TrainingSpec, base: LocalModel) -> DatasetReport:
+def footprint(base: LocalModel, adapter: AdapterSpec, task: Task) -> Footprint:
+    """What an estimate needs to know beside the rows.
+
+    Raises:
+        As `measure` does.
+    """
+    modules = list(targets.find(load_skeleton(base, task=task), adapter.targets).values())
+    return Footprint(
+        sizes=measure(base, adapter, task),
+        tokens_at_once=MAX_TOKENS_AT_ONCE["cpu"],
+        trainable_parameters=trainable_parameters(adapter, modules),
+        adapter_bytes=stored_bytes(adapter, modules),
+    )
+
+
+def with_estimate(
+    report: DatasetReport, spec: TrainingSpec, base: LocalModel, *, prices: Prices = FREE
+) -> DatasetReport:
     """The report on a training file, and what training on it as ``spec`` says would take on a CPU.
 
     Raises:
         As `measure` does.
     """
     sizes = measure(base, spec.adapter, spec.task)
-    found = estimate(spec, sizes, report, tokens_at_once=MAX_TOKENS_AT_ONCE["cpu"], costs=measured_costs())
+    found = estimate(
+        spec,
+        sizes,
+        report,
+        tokens_at_once=MAX_TOKENS_AT_ONCE["cpu"],
+        costs=measured_costs(),
+        prices=prices,
+    )
     return report.model_copy(update={"estimate": found})
 
 

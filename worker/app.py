@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -24,10 +25,14 @@ from api.settings import Settings
 from worker import context
 from worker.tasks import files, maintenance, training, webhooks
 
+TIDY_INTERVAL = timedelta(hours=1)
+
 TASKS: dict[TaskName, Callable[..., None]] = {
     TaskName.VALIDATE: files.run,
+    TaskName.REPORT: files.report,
     TaskName.TRAIN: training.run,
     TaskName.SWEEP: maintenance.run,
+    TaskName.TIDY: maintenance.run_tidy,
     TaskName.DELIVER: webhooks.run,
 }
 
@@ -76,7 +81,12 @@ def _configure(celery: Celery, settings: Settings) -> None:
                 "schedule": interval,
                 # A sweeper that was busy for long has one sweep to make up, not one for each interval.
                 "options": {"queue": QUEUES[TaskName.SWEEP], "expires": interval.total_seconds()},
-            }
+            },
+            "tidy": {
+                "task": TaskName.TIDY.value,
+                "schedule": TIDY_INTERVAL,
+                "options": {"queue": QUEUES[TaskName.TIDY], "expires": TIDY_INTERVAL.total_seconds()},
+            },
         },
     )
 

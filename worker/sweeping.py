@@ -12,10 +12,12 @@ from api.database import database_now
 from api.engines import repository
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
+from api.reports.repository import list_waiting
 from api.webhooks import repository as webhooks
 from worker import failures
 from worker.context import Resources
 from worker.results import mark_cancelled, mark_failed, mark_paused
+from worker.tidying import remove_expired
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,13 @@ DELIVERIES_KEPT = timedelta(days=30)
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines and old deliveries."""
+    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries and what has
+    expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
     _forget_deliveries(held)
+    remove_expired(held)
 
 
 def _end_abandoned(held: Resources) -> None:
@@ -58,6 +62,7 @@ def _ring_again(held: Resources) -> None:
     with held.sessions() as session:
         due = {
             TaskName.VALIDATE: _ids(session, _stale_validation(held, session)),
+            TaskName.REPORT: list_waiting(session, age=held.settings.sweep_interval, limit=MAX_RINGS),
             TaskName.TRAIN: _ids(
                 session,
                 or_(
@@ -67,12 +72,12 @@ def _ring_again(held: Resources) -> None:
             ),
             TaskName.DELIVER: webhooks.due(session, limit=MAX_RINGS),
         }
-    for task, ids in due.items():
-        # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up
-        # one more of them for each job and sweep.
-        if ids and held.queue.waiting(task) == 0:
-            for row_id in ids:
-                held.queue.send(task, row_id)
+    # Messages that wait are as good as new ones; without this look, a day with busy trainers would pile up one more of
+    # them for each row and sweep. Before the first is sent: some tasks share a queue.
+    idle = [task for task, ids in due.items() if ids and held.queue.waiting(task) == 0]
+    for task in idle:
+        for row_id in due[task]:
+            held.queue.send(task, row_id)
 
 
 def _forget_engines(held: Resources) -> None:

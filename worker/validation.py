@@ -22,8 +22,8 @@ from api.jobs.repository import add_event, move_job
 from api.queue import TaskName
 from api.unit_of_work import UnitOfWork, open_unit_of_work
 from api.webhooks import service as webhooks
-from uora.data import DatasetReport, build_report
-from uora.errors import BaseModelError, DataError
+from uora.data import DatasetReport
+from uora.errors import DataError
 from uora.spec import (
     HyperparameterRequest,
     Task,
@@ -36,6 +36,7 @@ from uora.spec import (
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
+from worker.models import find_base
 from worker.results import add_failure_event, stored_error
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _announce(session: Session, job: Job) -> None:
 def _check(held: Resources, job: Job) -> Checked:
     from uora.sizing import with_estimate  # loads torch, which takes seconds
 
-    base = _base(held, job)
+    base = find_base(held.settings, job.base_model)
     reports = _describe(held, job, base)
     _refuse_problems(reports)
     spec = resolve(
@@ -125,7 +126,9 @@ def _check(held: Resources, job: Job) -> Checked:
         task=_task(job),
         options=_options(job),
     )
-    return Checked(spec, reports | {"training": with_estimate(reports["training"], spec, base)})
+    return Checked(
+        spec, reports | {"training": with_estimate(reports["training"], spec, base, prices=held.settings.prices)}
+    )
 
 
 def _describe(held: Resources, job: Job, base: LocalModel) -> Reports:
@@ -143,18 +146,16 @@ def describe_datasets(job: Job, files: Files) -> Reports:
     Raises:
         BaseModelError: the base model has no tokenizer or image processor for the task.
     """
-    from uora.encoders import row_encoder  # loads torch, which takes seconds
+    from uora.encoders import report_file  # loads torch, which takes seconds
 
     options = _options(job)
-    encoder = row_encoder(_task(job), files.base)
 
     def report(path: Path, *, training: Path | None = None) -> DatasetReport:
-        return build_report(
+        return report_file(
             path,
-            _task(job),
-            encode=encoder.encode,
-            decode=encoder.decode,
-            max_length=encoder.max_length(options.max_length),
+            files.base,
+            task=_task(job),
+            max_length=options.max_length,
             overlong=options.overlong,
             training=training,
         )
@@ -185,7 +186,7 @@ def _options(job: Job) -> TrainingOptions:
 def _local_path(held: Resources, job: Job, file_id: str, *, param: str) -> Iterator[Path]:
     try:
         with held.sessions() as session:
-            key = FileRepository(session, job.project_id).get(file_id).storage_key
+            key = FileRepository(session, job.project_id).get_kept(file_id).storage_key
         opened = ExitStack()
         path = opened.enter_context(held.storage.local_path(key))
     except (FileNotFound, FileNotFoundError) as error:
@@ -195,15 +196,6 @@ def _local_path(held: Resources, job: Job, file_id: str, *, param: str) -> Itera
         raise Refused(missing) from error
     with opened:
         yield path
-
-
-def _base(held: Resources, job: Job) -> LocalModel:
-    from uora.models import fetch  # loads torch, which takes seconds
-
-    source = held.settings.base_models.get(job.base_model)
-    if source is None:
-        raise BaseModelError(f"{job.base_model!r} is not among the base models of this process's settings.")
-    return fetch(job.base_model, source, cache_dir=held.settings.cache_dir)
 
 
 def _queue(held: Resources, job: Job, checked: Checked) -> None:

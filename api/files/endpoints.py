@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse
 
 from api.auth import CallerDep
 from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, WorkDep
@@ -19,9 +21,7 @@ router = APIRouter(prefix="/files", tags=["files"])
 AnyPurpose = Purpose | Literal["fine-tune-results"]
 FilePage = Annotated[PageQuery, Depends(PageParams(default_limit=10_000, max_limit=10_000))]
 
-_UPLOAD_BODY = multipart_body(
-    required="purpose", purpose={"type": "string", "enum": [purpose.value for purpose in Purpose]}
-)
+_UPLOAD_BODY = multipart_body("purpose", purpose={"type": "string", "enum": [purpose.value for purpose in Purpose]})
 
 
 @router.post("", openapi_extra=_UPLOAD_BODY)
@@ -60,12 +60,15 @@ def delete_file(file_id: str, caller: CallerDep, work: WorkDep, resources: Resou
     return FileDeleted(id=service.delete(work, caller, file_id, storage=resources.storage).id)
 
 
-@router.get("/{file_id}/content", response_class=StreamingResponse)
-def get_file_content(
-    file_id: str, caller: CallerDep, session: ReadSessionDep, resources: ResourcesDep
-) -> StreamingResponse:
-    """Download the bytes as they were uploaded."""
-    file = service.get(session, caller, file_id)
-    source = resources.storage.open(file.storage_key)
-    headers = {"content-length": str(file.bytes)}
-    return StreamingResponse(service.read_chunks(source), media_type="application/octet-stream", headers=headers)
+def stored_content(file_id: str, caller: CallerDep, resources: ResourcesDep) -> Iterator[Path]:
+    """The bytes of a file, as a file that can be read until the answer is sent."""
+    with resources.read_sessions() as session:
+        key = service.get(session, caller, file_id).storage_key
+    with resources.storage.local_path(key) as path:
+        yield path
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def get_file_content(path: Annotated[Path, Depends(stored_content)]) -> FileResponse:
+    """Download the bytes as they were uploaded, or the ``Range`` of them that is asked for."""
+    return FileResponse(path, media_type="application/octet-stream")

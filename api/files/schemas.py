@@ -27,7 +27,7 @@ RESULTS: Final = "fine-tune-results"
 
 
 class ExpiresAfter(BaseModel):
-    """When OpenAI would delete the file. Checked, but files are kept until they are deleted."""
+    """For how long a file is kept. Without it, until it is deleted."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,6 +64,7 @@ class FileObject(Shown):
             id=file.id,
             bytes=file.bytes,
             created_at=int(file.created_at.timestamp()),
+            expires_at=None if file.expires_at is None else int(file.expires_at.timestamp()),
             filename=file.filename,
             purpose=file.purpose,
             status=file.status,

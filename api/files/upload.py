@@ -26,7 +26,7 @@ MAX_FILENAME_LENGTH = 255
 
 @dataclass(frozen=True)
 class Upload:
-    """One received file, at its beginning."""
+    """One received file, at its beginning, and the fields beside it."""
 
     source: BinaryIO
     filename: str
@@ -39,38 +39,44 @@ async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[
     Raises:
         InvalidRequest: not multipart, no file in it, or a field that cannot be used.
     """
-    async with receive_file(request, fields="purpose") as (form, file):
-        yield Upload(source=file.file, filename=_safe_name(file.filename), form=parse_fields(form, FileCreate))
+    async with receive_file(request, "purpose") as (form, file):
+        yield Upload(source=file.file, filename=safe_name(file.filename), form=parse_fields(form, FileCreate))
 
 
 UploadDep = Annotated[Upload, Depends(receive_upload)]
 
 
-def multipart_body(*, required: str, **fields: dict[str, Any]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that takes a file, ``required`` and perhaps other ``fields`` in a multipart body."""
+def multipart_body(*required: str, name: str = "file", **fields: dict[str, Any]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that takes a file ``name`` and ``fields``, some of them ``required``, in a multipart
+    body."""
     schema = {
         "type": "object",
-        "required": ["file", required],
-        "properties": {"file": {"type": "string", "format": "binary"}, **fields},
+        "required": [name, *required],
+        "properties": {name: {"type": "string", "format": "binary"}, **fields},
     }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 @asynccontextmanager
-async def receive_file(request: Request, *, fields: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
-    """A multipart body and its one file; ``fields`` names what else is expected.
+async def receive_file(
+    request: Request, *fields: str, name: str = "file"
+) -> AsyncIterator[tuple[FormData, UploadFile]]:
+    """A multipart body and its one file ``name``; ``fields`` are what else is expected.
+
+    The file is spooled to a temporary one without a name, which ends with the block.
 
     Raises:
         InvalidRequest: not multipart, or no file in it.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise InvalidRequest(f"Expected a multipart/form-data body with the parts 'file' and '{fields}'.")
+        parts = " and ".join(map(repr, (name, *fields)))
+        raise InvalidRequest(f"Expected a multipart/form-data body with {parts}.")
     async with request.form(max_files=1, max_fields=16) as form:
-        file = form.get("file")
+        file = form.get(name)
         if not isinstance(file, UploadFile):
             raise InvalidRequest(
-                "Missing the part 'file' with the content and a filename.",
-                param="file",
+                f"Missing the part {name!r} with the content and a filename.",
+                param=name,
                 code="missing_required_parameter",
             )
         yield form, file
@@ -98,6 +104,7 @@ def _unbracket(form: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _safe_name(filename: str | None) -> str:
+def safe_name(filename: str | None) -> str:
+    """The last part of a name, without what a terminal or a header could trip over."""
     name = PurePosixPath((filename or "").replace("\\", "/")).name
     return "".join(letter for letter in name if letter.isprintable())[:MAX_FILENAME_LENGTH] or UNNAMED

@@ -23,7 +23,7 @@ _ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": _BINARY, "application/zip": _BINARY}}
 }
 _IMPORT_BODY = multipart_body(
-    required="base_model",
+    "base_model",
     base_model={"type": "string"},
     suffix={"type": "string"},
     task={"type": "string", "enum": ["chat", "completion"]},

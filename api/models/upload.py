@@ -39,7 +39,7 @@ async def receive_adapter(request: Request, _caller: CallerDep) -> AsyncIterator
     Raises:
         InvalidRequest: not multipart, no file in it, or a field that cannot be used.
     """
-    async with receive_file(request, fields="base_model") as (form, file):
+    async with receive_file(request, "base_model") as (form, file):
         yield AdapterUpload(source=file.file, form=parse_fields(form, AdapterForm))
 
 

@@ -83,6 +83,7 @@ def live_service(
             base_models={"tiny": "path:/nowhere", "org/slashed": "path:/nowhere"},
             engine_token=TOKEN,
             max_upload_bytes=1_000_000,
+            max_part_bytes=200_000,
             max_json_bytes=200_000,
             max_inline_adapter_bytes=100_000,
             engine_max_rows=4,

@@ -14,7 +14,9 @@ from api.files.repository import FileRepository
 from api.jobs.repository import JobRepository
 from api.models.repository import AdapterRepository
 from api.permissions.repository import PermissionRepository
+from api.reports.repository import ReportRepository
 from api.sweeps.repository import SweepRepository
+from api.uploads.repository import UploadRepository
 from api.webhooks.repository import EndpointRepository
 from tests.api.support import ROOT
 
@@ -65,7 +67,16 @@ def test_the_environment_is_read_in_the_settings_only(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "repository",
-    [FileRepository, JobRepository, AdapterRepository, SweepRepository, PermissionRepository, EndpointRepository],
+    [
+        FileRepository,
+        JobRepository,
+        AdapterRepository,
+        SweepRepository,
+        PermissionRepository,
+        EndpointRepository,
+        ReportRepository,
+        UploadRepository,
+    ],
 )
 def test_a_repository_needs_a_project(repository: type[FileRepository]) -> None:
     with pytest.raises(TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from api.main import create_app
 from api.permissions.models import ModelPermission
 from api.router import PUBLIC_ROUTES
 from api.settings import Settings
+from api.uploads.models import Upload, UploadPart
 from api.webhooks.models import EventType, WebhookEndpoint
 from api.webhooks.sending import new_secret
 from tests.api.rows import add_adapter, add_file, add_job
 from tests.api.support import Service, make_tenant
 from uora.spec import UoraSpec
+
+#: Of the upload that is to be completed.
+PART = "part_private"
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,30 @@ def ids(service: Service) -> dict[str, str]:
             **dict.fromkeys(OF_ENDED_JOBS, failed.id),
             "{permission_id}": add_permission(session, service, model.id),
             "{endpoint_id}": add_endpoint(session, service),
+            # Of which a part is missing where one is to be added, and none where it is to be completed.
+            "{upload_id}": add_upload(session, service, size=11),
+            "POST /v1/uploads/{upload_id}/complete": add_upload(session, service, size=7, part=PART),
         }
+
+
+def add_upload(session: Session, service: Service, *, size: int, part: str | None = None) -> str:
+    """One of 7 bytes so far."""
+    part = part or new_id("part_")
+    upload = Upload(
+        id=new_id("upload_"),
+        project_id=service.tenant.project_id,
+        filename="private.jsonl",
+        purpose="fine-tune",
+        mime_type="text/jsonl",
+        bytes=size,
+        expires_at=now() + timedelta(hours=1),
+    )
+    session.add(upload)
+    session.flush()
+    session.query(UploadPart).filter_by(id=part).delete()  # an earlier test's
+    session.add(UploadPart(id=part, upload_id=upload.id, bytes=7, storage_key=part))
+    service.settings.storage_dir.joinpath(part).write_bytes(b"private")
+    return upload.id
 
 
 def add_permission(session: Session, service: Service, model: str) -> str:
@@ -140,8 +168,17 @@ def add_endpoint(session: Session, service: Service) -> str:
     return endpoint.id
 
 
+def content_of(route: Route, service: Service) -> dict[str, Any]:
+    """What a route cannot do without, as httpx takes it."""
+    if route.path.endswith("/parts"):
+        return {"files": {"data": b"more"}}
+    return {"json": body_of(route, service)}
+
+
 def body_of(route: Route, service: Service) -> dict[str, Any] | None:
-    """What a route cannot do without."""
+    """The JSON among it."""
+    if route.path.endswith("/complete"):
+        return {"part_ids": [PART]}
     if route.method == "POST" and route.path.endswith("/permissions"):
         with service.sessions.begin() as session:
             return {"project_ids": [make_tenant(session, "Guest").project_id]}
@@ -150,21 +187,22 @@ def body_of(route: Route, service: Service) -> dict[str, Any] | None:
 
 @pytest.mark.parametrize("route", ID_ROUTES, ids=str)
 def test_another_projects_key_finds_nothing(service: Service, ids: dict[str, str], route: Route) -> None:
-    ids["{job_id}"] = ids.get(f"{route.method} {route.path}", ids["{job_id}"])
+    for parameter in ("{job_id}", "{upload_id}"):
+        ids[parameter] = ids.get(f"{route.method} {route.path}", ids[parameter])
     path = route.path
     for parameter, value in ids.items():
         path = path.replace(parameter, value)
     assert "{" not in path, f"add something for the parameter of {route.path} to the fixture 'ids'"
-    body = body_of(route, service)
-    foreign = service.http(service.stranger).request(route.method, path, json=body)
+    content = content_of(route, service)
+    foreign = service.http(service.stranger).request(route.method, path, **content)
     unknown = service.http(service.stranger).request(
-        route.method, path.replace(path.split("/")[3], new_id("x")), json=body
+        route.method, path.replace(path.split("/")[3], new_id("x")), **content
     )
     assert foreign.status_code == 404, foreign.text
     assert set(foreign.json()["error"]) == {"message", "type", "param", "code"}
     assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] or "fine_tuning" in path
-    own = service.http(service.tenant).request(route.method, path, json=body)
-    assert own.status_code == 200, own.text
+    own = service.http(service.tenant).request(route.method, path, **content)
+    assert own.status_code in (200, 202), own.text
 
 
 @pytest.mark.parametrize("route", TENANT_ROUTES, ids=str)

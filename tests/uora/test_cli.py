@@ -102,6 +102,19 @@ def test_validate_shows_a_good_file(tmp_path: Path, tiny_base: LocalModel) -> No
     assert any(re.fullmatch(r"16 - 31 2 █{40}", line) for line in lines)
 
 
+def test_an_estimate_has_its_price(tmp_path: Path, tiny_base: LocalModel) -> None:
+    path = write_lines(tmp_path / "upload", [chat("the", "in"), chat("a", "b"), chat("c", "d")])
+    shown = validate(path, tiny_base, "--json", "--previews", "2", "--price-per-thousand-tokens", "1000")
+    report = DatasetReport.model_validate_json(shown.output)
+    assert report.estimate is not None
+    assert report.estimate.cost == report.estimate.tokens
+    assert len(report.previews) == 2
+    priced = validate(path, tiny_base, "--price-per-thousand-tokens", "1000")
+    lines = [" ".join(line.split()) for line in priced.output.splitlines()]
+    assert f"cost {report.estimate.cost:,.2f}" in lines
+    assert "cost" not in validate(path, tiny_base).output
+
+
 def test_what_is_learned_is_bold(tmp_path: Path, tiny_base: LocalModel) -> None:
     path = write_array(tmp_path / "upload", [chat("the [red]", "[bold]b\x1b[31m")])
     report = DatasetReport.model_validate_json(validate(path, tiny_base, "--json").output)

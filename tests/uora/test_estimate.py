@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.uora.data.files import write_lines
 from uora.data import DatasetReport, Example, build_report
-from uora.estimate import Costs, Sizes, Work, estimate
+from uora.estimate import Costs, Prices, Sizes, Work, estimate
 from uora.spec import Hyperparameters, TrainingOptions, TrainingSpec, UoraSpec
 
 counts = st.integers(1, 10**6)
@@ -86,3 +86,11 @@ def test_a_larger_batch_needs_no_less_memory(costs: Costs, batch: int, more: int
 def test_without_measurements_only_tokens_are_told(report: DatasetReport) -> None:
     found = estimate(spec(5), SIZES, report, tokens_at_once=1024, costs=None)
     assert (found.tokens, found.seconds, found.memory_bytes, found.machine) == (3 * 80, None, None, None)
+
+
+def test_a_price_is_of_seconds_and_of_tokens() -> None:
+    prices = Prices(per_second=0.5, per_thousand_tokens=2.0)
+    assert prices.cost(tokens=3000, seconds=10.0) == pytest.approx(5.0 + 6.0)
+    assert prices.cost(tokens=3000, seconds=None) is None
+    assert Prices(per_thousand_tokens=2.0).cost(tokens=3000, seconds=None) == pytest.approx(6.0)
+    assert Prices().cost(tokens=3000, seconds=None) == 0

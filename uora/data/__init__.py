@@ -24,12 +24,13 @@ from uora.data.masking import IGNORED, Example, encode_chat
 from uora.data.reading import read_file, scan_file
 from uora.data.recognising import detect_task
 from uora.data.report import DatasetReport
-from uora.data.reporting import Decode, Encode, build_report, unreadable_report
+from uora.data.reporting import MAX_PREVIEWS, Decode, Encode, build_report, check_rows, unreadable_report
 from uora.data.templates import render, template_sha256
 from uora.data.validation import row_problems
 
 __all__ = [
     "IGNORED",
+    "MAX_PREVIEWS",
     "ChatMessage",
     "ChatRow",
     "CompletionRow",
@@ -49,6 +50,7 @@ __all__ = [
     "TextRow",
     "build_report",
     "check_length",
+    "check_rows",
     "detect_task",
     "encode_chat",
     "encode_completion",

@@ -88,6 +88,8 @@ class Estimate(_Frozen):
     memory_bytes: int | None
     #: Where ``seconds`` and ``memory_bytes`` were measured; another machine takes other seconds.
     machine: str | None = None
+    #: In whatever currency the prices are; None where they need seconds that are not known.
+    cost: float | None = None
 
 
 class DatasetReport(_Frozen):

@@ -13,7 +13,7 @@ from uora.data.formats import ImageRow, Problem, Row, TextRow, place
 from uora.data.labels import Labels
 from uora.data.masking import IGNORED, Example
 from uora.data.reading import file_sha256, scan_file
-from uora.data.recognising import row_format_of
+from uora.data.recognising import detect_task, row_format_of
 from uora.data.report import PREVIEW_TOKENS, DatasetReport, Preview, Segment
 from uora.data.tally import Tally, content_digest
 from uora.errors import DataError
@@ -24,7 +24,8 @@ Encode = Callable[[Row], Example | int]
 #: Token ids as text, special tokens included.
 Decode = Callable[[list[int]], str]
 
-_MAX_PREVIEWS = 3
+#: Rows that are shown at most.
+MAX_PREVIEWS = 3
 
 
 def build_report(
@@ -64,11 +65,34 @@ def build_report(
         except DataError as error:
             tally.add_problem(Problem(error.code, error.message, found.line, found.location), of_new_row=False)
         else:
-            if trained is not None and len(tally.previews) < min(n_previews, _MAX_PREVIEWS):
+            if trained is not None and len(tally.previews) < min(n_previews, MAX_PREVIEWS):
                 tally.previews.append(_preview(found, trained, decode))
     for problem in _whole_file_problems(tally, task, training):
         tally.add_problem(problem)
     return _finish(tally, path, task)
+
+
+def check_rows(path: Path, task: Task | None = None) -> DatasetReport:
+    """What can be said about a file without a model: its rows, their problems, duplicates and labels, but no tokens.
+
+    A row that is good here may still be too long for a model, and a class may still be the only one.
+
+    Args:
+        path: of the file.
+        task: what its rows are for; None to tell it by the first.
+    """
+    try:
+        told = task or detect_task(path)
+    except DataError as error:
+        return unreadable_report(path, error)
+    tally = Tally()
+    for found in scan_file(path, told):
+        if isinstance(found, Problem):
+            tally.add_problem(found)
+        else:
+            tally.add_row(found)
+            tally.add_usable(0, truncated=False)
+    return _finish(tally, path, told)
 
 
 def unreadable_report(path: Path, error: DataError) -> DatasetReport:

@@ -137,8 +137,8 @@ def _ready(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) -> _
     """Stored files stay readable until ``stack`` is left."""
     with writing(held.sessions, lease) as (session, job):
         files = FileRepository(session, lease.project_id)
-        training = files.get(job.training_file)
-        validation = files.get(job.validation_file) if job.validation_file else None
+        training = files.get_kept(job.training_file)
+        validation = files.get_kept(job.validation_file) if job.validation_file else None
         state = load_state(session, job.id)
         # A state has all that its run began with, so a model that was deleted since then is not missed.
         warm_start = None if state else load_warm_start(session, job)
