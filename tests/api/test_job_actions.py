@@ -157,8 +157,8 @@ class TestClone:
         job_id = service.http().post(JOBS, json=full_body(service, file_id)).json()["id"]
         with service.sessions() as session:
             request = request_of(session.query(Job).filter_by(id=job_id).one())
-        deprecated_or_refused = {"hyperparameters", "integrations"}
-        assert set(request) == set(JobCreate.model_fields) - deprecated_or_refused
+        deprecated = {"hyperparameters"}
+        assert set(request) == set(JobCreate.model_fields) - deprecated
 
     def test_changes_are_merged(self, service: Service, file_id: str) -> None:
         http = service.http()
