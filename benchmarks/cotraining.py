@@ -2,7 +2,7 @@
 
 Jobs of tenants are mostly small: some hundred rows, batches of one. A pass over one row leaves the machine half idle,
 so jobs on one base model share their passes (``uora.training.cotraining``). Both sides train the same jobs on the same
-rows of E2E, SmolLM2-135M-Instruct in bfloat16, batch 1, loading included, in one process and in turn; the claim is in
+rows of E2E, SmolLM2-135M-Instruct, batch 1, loading included, in one process and in turn; the claim is in
 jobs per hour. A row has 67 tokens as a completion and 97 as chat, with the model's default system message. That the
 adapters are the same is tested in float32 by tests/uora/training/test_cotraining.py.
 """
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import e2e
-from benchmarks.training import CACHE, MODEL, Stopwatch
+from benchmarks.training import CACHE, DTYPE, MODEL, Stopwatch
 from uora.data import Dataset, Row, read_file
 from uora.models import LocalModel, fetch
 from uora.spec import Hyperparameters, TrainingSpec, UoraSpec
@@ -103,7 +103,7 @@ def _one_by_one(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: Traini
             validation=None,
             observer=watch,
             cache_dir=CACHE,
-            dtype=torch.bfloat16,
+            dtype=DTYPE,
         )
     return watches
 
@@ -111,7 +111,7 @@ def _one_by_one(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: Traini
 def _together(base: LocalModel, datasets: Sequence[Dataset[Row]], spec: TrainingSpec) -> list[Stopwatch]:
     watches = [Stopwatch() for _ in datasets]
     members = [Member(spec, dataset, None, watch) for watch, dataset in zip(watches, datasets, strict=True)]
-    for result in cotrain(members, base=base, cache_dir=CACHE, dtype=torch.bfloat16):
+    for result in cotrain(members, base=base, cache_dir=CACHE, dtype=DTYPE):
         if isinstance(result, Exception):
             raise result
     return watches
@@ -148,7 +148,7 @@ def _show(
 ) -> None:
     jobs = arguments.jobs
     table = Table(
-        title=f"{jobs} jobs of {arguments.rows} rows ({arguments.task}), batch 1, on {MODEL}, bfloat16, UORA r={RANK} "
+        title=f"{jobs} jobs of {arguments.rows} rows ({arguments.task}), batch 1, on {MODEL}, {DTYPE}, UORA r={RANK} "
         f"on all linear layers, loading included; {arguments.threads} threads of {os.cpu_count()} cores"
     )
     for column in ("", "s for all", "spread", "jobs per hour", "s per step of a job"):

@@ -1,6 +1,6 @@
 """A training step against stock PEFT's: ``python -m benchmarks.training [--smoke]`` (``make bench-train``).
 
-The same model (SmolLM2-135M-Instruct, bfloat16), the same rows (E2E as chat, learned on the answers) in the same order
+The same model (SmolLM2-135M-Instruct), the same rows (E2E as chat, learned on the answers) in the same order
 and batches of 8, through two trainers: ours, as a job of the service runs it, and transformers' Trainer with a stock
 PEFT adapter and transformers' own padding collator. Contestants take turns, so that a slow minute hits all of them;
 medians are over all steps but each run's first. Peak memory is measured in a process of its own for each, above what
@@ -53,6 +53,8 @@ from uora.training.loss import predicting_positions
 from uora.training.packing import make_packer
 
 MODEL = "SmolLM2-135M-Instruct"
+#: bfloat16 where the processor computes in it.
+DTYPE = pick_dtype("auto")
 SEED = 0
 CACHE = Path(os.environ.get("UORA_CACHE_DIR", Path.home() / ".cache" / "uora"))
 console = Console(width=150)
@@ -144,7 +146,7 @@ def ours(r: int, *, packing: bool = True) -> Contestant:
             validation=None,
             observer=watch,
             cache_dir=CACHE,
-            dtype=pick_dtype("bfloat16"),
+            dtype=DTYPE,
         )
         return watch
 
@@ -181,7 +183,7 @@ def stock(config: Callable[[], PeftConfig], learning_rate: float) -> Contestant:
 
     def run(work: Workload) -> Stopwatch:
         torch.manual_seed(SEED)
-        base = load_model(work.base, dtype=torch.bfloat16, device=_device())
+        base = load_model(work.base, dtype=DTYPE, device=_device())
         model = get_peft_model(base, config())
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +222,7 @@ def _features(example: Example) -> dict[str, list[int]]:
 
 def floor(work: Workload) -> Stopwatch:
     """The frozen base model on the packed rows, forward and back to its embeddings."""
-    model = load_model(work.base, dtype=torch.bfloat16, device=_device()).train()
+    model = load_model(work.base, dtype=DTYPE, device=_device()).train()
     packer = make_packer(model)
     if packer is None:
         sys.exit(f"{MODEL} cannot be packed; the table would compare other things than it says.")
@@ -252,7 +254,7 @@ def floor(work: Workload) -> Stopwatch:
 def base_only(work: Workload) -> Stopwatch:
     """The base model loaded, and nothing done with it."""
     watch = Stopwatch()
-    model = load_model(work.base, dtype=torch.bfloat16, device=_device())
+    model = load_model(work.base, dtype=DTYPE, device=_device())
     watch.start()
     del model
     return watch
@@ -333,7 +335,7 @@ def peak_mib() -> float:
 def _measure_memory(arguments: argparse.Namespace) -> None:
     work = Workload.read(arguments.data, steps=arguments.steps, batch=arguments.batch)
     if arguments.memory_of == BASE_ONLY:
-        kept = load_model(work.base, dtype=torch.bfloat16, device=_device())
+        kept = load_model(work.base, dtype=DTYPE, device=_device())
         found = torch.cuda.memory_allocated() if _device() == "cuda" else psutil.Process().memory_info().rss
         del kept
         print(found / 2**20)
@@ -372,7 +374,7 @@ def _show(
     (per_run,) = set(tokens.values())
     learned = sum(label != -100 for example in work.examples for label in example.labels)
     table = Table(
-        title=f"{MODEL}, bfloat16, E2E as chat, batch {arguments.batch}: "
+        title=f"{MODEL}, {DTYPE}, E2E as chat, batch {arguments.batch}: "
         f"{per_run / arguments.steps:.0f} tokens a step, "
         f"{learned / per_run:.0%} of them learned; {arguments.threads} threads of {os.cpu_count()} cores",
     )
