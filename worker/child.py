@@ -344,7 +344,9 @@ def _take_stdout() -> TextIO:
 
 def _leave_with_parent(work_dir: Path) -> NoReturn:
     if os.getpgrp() == os.getpid():  # the parent was the worker: take along what it left, and whatever was started here
-        shutil.rmtree(work_dir, ignore_errors=True)
+        # Under another name first: what a run still writes would come between the files' end and the folder's.
+        with suppress(OSError):
+            shutil.rmtree(work_dir.rename(work_dir.with_name(f"{work_dir.name}.left")), ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 

@@ -184,12 +184,13 @@ class TestOutbox:
         for path in [*(ROOT / "worker").rglob("*.py"), *(ROOT / "api" / "jobs").glob("*.py")]:
             for node in ast.walk(ast.parse(path.read_text())):
                 targets = node.targets if isinstance(node, ast.Assign) else []
-                if any(isinstance(target, ast.Attribute) and target.attr == "status" for target in targets):
-                    found.append(f"{path.name}:{node.lineno}")
+                names = [ast.unparse(target) for target in targets]
+                found += [f"{path.name}: {name}" for name in names if name.endswith(".status")]
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "values":
                     set_to = [ast.unparse(each.value) for each in node.keywords if each.arg == "status"]
                     found += [f"{path.name}: {value}" for value in set_to]
-        assert sorted(found) == ["lease.py: JobStatus.RUNNING", "repository.py: target"]
+        of_uploads = "tidying.py: upload.status"
+        assert sorted(found) == ["lease.py: JobStatus.RUNNING", "repository.py: target", of_uploads]
         assert EVENT_OF_END.keys() == ENDED
 
     def test_an_end_that_is_not_committed_is_not_told(

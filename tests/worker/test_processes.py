@@ -76,6 +76,10 @@ class Processes:
 
         wait_until(has_steps, what=f"steps of {job_id}\n{self.logs()}", seconds=PATIENCE_SECONDS)
 
+    def wait_until_tidy(self) -> None:
+        """A job's end is recorded before its work folder is removed."""
+        wait_until(lambda: not any(self.temporary.iterdir()), what="the end of work folders", seconds=5)
+
     def close(self) -> None:
         for process in self._started:
             with suppress(ProcessLookupError):
@@ -197,7 +201,7 @@ def test_a_job_from_its_first_message_to_its_model(processes: Processes) -> None
         f"New fine-tuned model created: {name}",
         "The job has successfully completed",
     ]
-    assert list(processes.temporary.iterdir()) == []
+    processes.wait_until_tidy()
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
 
@@ -224,7 +228,7 @@ def test_jobs_that_wait_are_trained_together(processes: Processes) -> None:
     assert [service.job(job_id).attempt for job_id in jobs_] == [1, 1, 1]
     results = [adapter.job_id for adapter in service.adapters() if adapter.checkpoint_step is None]
     assert [job_id for job_id in results if job_id in jobs_] == [short, long[1]]
-    assert list(processes.temporary.iterdir()) == []
+    processes.wait_until_tidy()
     trainer.terminate()
     assert trainer.wait(timeout=15) == 0, processes.logs()
 
@@ -241,7 +245,7 @@ def test_a_lost_message_and_a_killed_trainer_are_replaced(processes: Processes) 
     trainer.wait()
 
     wait_until(lambda: not child.is_running(), what="the end of the training child", seconds=5)
-    assert list(processes.temporary.iterdir()) == []
+    processes.wait_until_tidy()
     assert service.job(job_id).status == "running"
     second = processes.start("trainer")
     processes.wait_for(job_id, JobStatus.SUCCEEDED)
@@ -267,7 +271,7 @@ def test_cancel_and_shutdown(processes: Processes) -> None:
     assert trainer.wait(timeout=15) == 0, processes.logs()
     job = service.job(released)
     assert (job.status, job.lost_trainers) == ("queued", 0)
-    assert list(processes.temporary.iterdir()) == []
+    processes.wait_until_tidy()
 
     second = processes.start("trainer")
     processes.wait_for(released, JobStatus.SUCCEEDED)
@@ -289,7 +293,7 @@ def test_pause_and_resume(processes: Processes) -> None:
     wait_until(lambda: len(children(trainer)) == 1, what="a spare child alone", seconds=10)
     (spare,) = children(trainer)
     assert kept_step(service, job_id) > 0
-    assert list(processes.temporary.iterdir()) == []
+    processes.wait_until_tidy()
 
     with open_unit_of_work(service.sessions, CeleryQueue(service.settings)) as work:
         jobs.resume(work, user, job_id)
