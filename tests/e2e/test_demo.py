@@ -20,13 +20,13 @@ KEYS = {
 @pytest.mark.smollm2
 @pytest.mark.timeout(900)
 def test_shortened_demo(tmp_path: Path) -> None:
-    sizes = ["--train", "96", "--validation", "16", "--held-out", "32"]
+    sizes = ["--train", "48", "--validation", "8", "--held-out", "16"]
     command = [sys.executable, "-m", "scripts.demo", *sizes, "--home", str(tmp_path / "home")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.keys() == KEYS
-    assert result["held_out"] == 32
+    assert result["held_out"] == 16
     # out + r (arXiv 2505.20154) for each of the 30 layers' q, k, v, o, gate, up and down.
     assert result["trainable_parameters"] == 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576 + 7 * 64)
     assert result["adapter_bytes"] < result["lora8_bytes"] / 10

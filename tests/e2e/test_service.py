@@ -21,6 +21,8 @@ WORDS = ["sun", "moon", "rain", "snow", "wind", "leaf", "rock", "sand"]
 DAY = chat_rows([(word, "day") for word in WORDS] * 4)
 NIGHT = chat_rows([(word, "night") for word in WORDS] * 4)
 QUICK = {"n_epochs": 12, "batch_size": 8}
+#: Of tests that are long, and whose embedded twins are in tests/worker and scripts.demo.
+ON_SERVERS = pytest.mark.parametrize("running", [pytest.param("servers", marks=pytest.mark.postgres)], indirect=True)
 
 
 def tune(client: openai.OpenAI, rows: bytes, **options: object) -> openai.types.fine_tuning.FineTuningJob:
@@ -103,6 +105,7 @@ RATES = {"uora": 0.1, "vera": 0.03, "lora": 0.02, "olora": 0.005, "osora": 0.1}
 
 
 @pytest.mark.timeout(600)
+@ON_SERVERS
 def test_five_methods_tune_and_answer_together(running: Running) -> None:
     client = running.client("curious")
     file_id = upload(client, DAY)
@@ -170,6 +173,7 @@ def test_cancel_stops_the_training_process(running: Running) -> None:
     assert not [model for model in client.models.list() if model.id.startswith("ft:")]
 
 
+@ON_SERVERS
 def test_a_paused_job_goes_on_where_it_stopped(running: Running) -> None:
     client = running.client("calm")
     rows = chat_rows([(word, "day") for word in WORDS] * 20)

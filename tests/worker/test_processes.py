@@ -280,7 +280,7 @@ def test_cancel_and_shutdown(processes: Processes) -> None:
     assert second.wait(timeout=15) == 0, processes.logs()
 
 
-@pytest.mark.parametrize("processes", [EMBEDDED, SERVERS], indirect=True)
+@pytest.mark.parametrize("processes", [EMBEDDED], indirect=True)  # on servers: tests/e2e/test_service.py
 def test_pause_and_resume(processes: Processes) -> None:
     service = processes.service
     user = Caller(project_id=service.project.id, project_slug=service.project.slug, key_id="key")
