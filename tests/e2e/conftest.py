@@ -22,6 +22,8 @@ def running(
 ) -> Iterator[Running]:
     home = tmp_path_factory.mktemp("service")
     options = {"UORA_CACHE_DIR": str(home / "cache"), "UORA_DTYPE": "float32", "UORA_TORCH_THREADS": "1"}
+    # A spare is tested in tests/worker; here its start would only take time from the tests beside it.
+    options |= {"UORA_SPARE_TRAINER": "false"}
     options |= {"UORA_SWEEP_INTERVAL": "PT1S", "UORA_LEASE_TTL": "PT4S", "UORA_HEARTBEAT_INTERVAL": "PT0.5S"}
     if request.param == "embedded":
         with service(home, base_models, **options) as found:

@@ -240,7 +240,7 @@ def test_ready_names_its_parts(running: Running) -> None:
 
 def test_a_second_start_finds_the_data_of_the_first(tmp_path: Path, base_models: dict[str, str]) -> None:
     options = {"UORA_CACHE_DIR": str(tmp_path / "cache"), "UORA_DTYPE": "float32", "UORA_TORCH_THREADS": "1"}
-    options |= {"UORA_SWEEP_INTERVAL": "PT1S"}
+    options |= {"UORA_SWEEP_INTERVAL": "PT1S", "UORA_SPARE_TRAINER": "false"}
     with service(tmp_path / "home", base_models, **options) as first:
         client = first.client("patient")
         file_id = upload(client, DAY)
