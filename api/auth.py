@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hmac
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import structlog
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Request
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.caller import Caller
 from api.database import now
-from api.dependencies import ResourcesDep
 from api.errors import NotAuthenticated, ProjectMismatch
 from api.projects import repository
 from api.projects.models import ApiKey, Project
 from api.projects.service import hash_key
+from api.resources import ResourcesDep
+from api.scopes import needed_scope, split_scopes
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +27,7 @@ LAST_USED_STEP = timedelta(minutes=1)
 
 
 def current_caller(
+    request: Request,
     resources: ResourcesDep,
     authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
     openai_project: Annotated[str | None, Header(include_in_schema=False)] = None,
@@ -33,18 +35,28 @@ def current_caller(
     """The caller of this request, read in a transaction of its own that ends before the endpoint starts.
 
     Raises:
-        NotAuthenticated: no key, an unknown or a revoked one.
+        NotAuthenticated: no key, or an unknown, revoked or expired one.
         ProjectMismatch: the key is of another project than the header names.
+        MissingScope: the key may not do what the route does.
     """
     with resources.read_sessions() as session:
         key, project = _authenticate(session, _bearer(authorization))
     if openai_project not in (None, "", project.id, project.slug):
         raise ProjectMismatch("The OpenAI-Project header names another project than the API key's; leave it out.")
+    caller = Caller(
+        project_id=project.id,
+        project_slug=project.slug,
+        key_id=key.id,
+        scopes=split_scopes(key.scopes),
+        organization_wide=key.organization_wide,
+    )
+    caller.require(needed_scope(request.method, request.url.path))
     _note_use(resources.sessions, key)
-    return Caller(project_id=project.id, project_slug=project.slug, key_id=key.id)
+    return caller
 
 
-#: The access rule: a route whose endpoint takes it serves the key's project and nothing else.
+#: The access rule: a route whose endpoint takes it serves the key's project and nothing else, to a key with the scope
+#: that ``api.scopes`` says.
 CallerDep = Annotated[Caller, Depends(current_caller)]
 
 
@@ -58,10 +70,21 @@ def _bearer(authorization: str | None) -> str:
 def _authenticate(session: Session, key: str) -> tuple[ApiKey, Project]:
     digest = hash_key(key)
     found = repository.find_key(session, digest)
-    known = found is not None and hmac.compare_digest(found[0].secret_sha256, digest)
-    if found is None or not known or found[0].revoked_at is not None:
-        raise NotAuthenticated("The API key is unknown or revoked; check it, or ask for a new one.")
+    if found is None or not _is_good(*found, digest):
+        raise NotAuthenticated("The API key is unknown, revoked or expired; check it, or ask for a new one.")
     return found
+
+
+def _is_good(key: ApiKey, project: Project, digest: str) -> bool:
+    moment = now()
+    current = hmac.compare_digest(key.secret_sha256, digest)
+    previous = hmac.compare_digest(key.previous_sha256 or "", digest) and _is_before(moment, key.previous_until)
+    usable = key.revoked_at is None and project.archived_at is None
+    return (current or previous) and usable and (key.expires_at is None or moment < key.expires_at)
+
+
+def _is_before(moment: datetime, end: datetime | None) -> bool:
+    return end is not None and moment < end
 
 
 def _note_use(sessions: sessionmaker[Session], key: ApiKey) -> None:

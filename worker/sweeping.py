@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.database import database_now
 from api.engines import repository
+from api.idempotency import repository as answers
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
 from worker import failures
@@ -24,10 +25,12 @@ KEPT_TTLS = 12
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for those that wait for one, forget engines that died."""
+    """End or pause the jobs that no trainer will, ring for those that wait for one, forget engines that died
+    and answers that nobody can ask for any more."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
+    _forget_answers(held)
 
 
 def _end_abandoned(held: Resources) -> None:
@@ -73,6 +76,11 @@ def _forget_engines(held: Resources) -> None:
     with held.sessions.begin() as session:
         for url in repository.remove_silent(session, silence=KEPT_TTLS * held.settings.engine_ttl):
             logger.warning("engine %s: it gave no heartbeat and is forgotten", url)
+
+
+def _forget_answers(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        answers.remove_older(session, database_now(session) - answers.KEPT)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 from starlette.responses import StreamingResponse
 
 from api.auth import CallerDep
@@ -13,8 +13,9 @@ from api.files import service
 from api.files.schemas import FileDeleted, FileObject, Purpose
 from api.files.upload import UploadDep
 from api.pagination import ListObject, PageQuery
+from api.routing import Router
 
-router = APIRouter(prefix="/files", tags=["files"])
+router = Router(prefix="/files", tags=["files"])
 
 AnyPurpose = Purpose | Literal["fine-tune-results"]
 FilePage = Annotated[PageQuery, Depends(PageParams(default_limit=10_000, max_limit=10_000))]

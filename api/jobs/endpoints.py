@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 
 from api.auth import CallerDep
 from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep
@@ -13,8 +13,9 @@ from api.errors import InvalidRequest
 from api.jobs import service
 from api.jobs.schemas import FineTuningJob, FineTuningJobCheckpoint, FineTuningJobEvent, JobCreate
 from api.pagination import ListObject, PageQuery
+from api.routing import Router
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+router = Router(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 JobPage = Annotated[PageQuery, Depends(PageParams(default_limit=20))]
 CheckpointPage = Annotated[PageQuery, Depends(PageParams(default_limit=10))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
 from starlette.responses import Response
 
 from api.auth import CallerDep
@@ -13,8 +12,9 @@ from api.models import service
 from api.models.downloads import AdapterFormat
 from api.models.schemas import Model, ModelDeleted
 from api.pagination import ListObject
+from api.routing import Router
 
-router = APIRouter(prefix="/models", tags=["models"])
+router = Router(prefix="/models", tags=["models"])
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
