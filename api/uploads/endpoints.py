@@ -45,9 +45,9 @@ def create_upload(body: UploadCreate, caller: CallerDep, session: SessionDep, re
 
 @router.post("/{upload_id}/parts", openapi_extra=multipart_body(name="data"))
 def create_part(
-    upload_id: str, caller: CallerDep, work: WorkDep, resources: ResourcesDep, received: PartDep
+    upload_id: str, caller: CallerDep, received: PartDep, work: WorkDep, resources: ResourcesDep
 ) -> UploadPartObject:
-    """Add a part."""
+    """Add a part. What it belongs to is looked for before it is read, hence before the work, which reads it too."""
     part = service.add_part(
         work,
         caller,
