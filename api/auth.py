@@ -7,7 +7,7 @@ refused within that time, by every process.
 from __future__ import annotations
 
 import hmac
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from api.projects import repository
 from api.projects.models import ApiKey, Project
 from api.projects.service import hash_key
 from api.resources import Resources
+from api.scopes import needed_scope, split_scopes
 
 log = structlog.get_logger(__name__)
 
@@ -35,13 +36,16 @@ async def current_caller(request: Request) -> Caller:
     """The caller of this request. It reads the headers itself: as declared parameters they cost more than the rest.
 
     Raises:
-        NotAuthenticated: no key, an unknown or a revoked one.
+        NotAuthenticated: no key, or an unknown, revoked or expired one.
         ProjectMismatch: the key is of another project than the header names.
+        MissingScope: the key may not do what the route does.
     """
     resources: Resources = request.app.state.resources
     authorization, openai_project = request.headers.get("authorization"), request.headers.get("openai-project")
     find = partial(run_in_threadpool, _find_caller, resources, authorization, openai_project)
-    return await resources.callers.get(f"{authorization}\n{openai_project}", find)
+    caller = await resources.callers.get(f"{authorization}\n{openai_project}", find)
+    caller.require(needed_scope(request.method, request.url.path))
+    return caller
 
 
 def _find_caller(resources: Resources, authorization: str | None, openai_project: str | None) -> Caller:
@@ -51,10 +55,17 @@ def _find_caller(resources: Resources, authorization: str | None, openai_project
     if openai_project not in (None, "", project.id, project.slug):
         raise ProjectMismatch("The OpenAI-Project header names another project than the API key's; leave it out.")
     _note_use(resources.sessions, key)
-    return Caller(project_id=project.id, project_slug=project.slug, key_id=key.id)
+    return Caller(
+        project_id=project.id,
+        project_slug=project.slug,
+        key_id=key.id,
+        scopes=split_scopes(key.scopes),
+        organization_wide=key.organization_wide,
+    )
 
 
-#: The access rule: a route whose endpoint takes it serves the key's project and nothing else.
+#: The access rule: a route whose endpoint takes it serves the key's project and nothing else, to a key with the scope
+#: that ``api.scopes`` says.
 CallerDep = Annotated[Caller, Depends(current_caller)]
 
 
@@ -68,10 +79,21 @@ def _bearer(authorization: str | None) -> str:
 def _authenticate(session: Session, key: str) -> tuple[ApiKey, Project]:
     digest = hash_key(key)
     found = repository.find_key(session, digest)
-    known = found is not None and hmac.compare_digest(found[0].secret_sha256, digest)
-    if found is None or not known or found[0].revoked_at is not None:
-        raise NotAuthenticated("The API key is unknown or revoked; check it, or ask for a new one.")
+    if found is None or not _is_good(*found, digest):
+        raise NotAuthenticated("The API key is unknown, revoked or expired; check it, or ask for a new one.")
     return found
+
+
+def _is_good(key: ApiKey, project: Project, digest: str) -> bool:
+    moment = now()
+    current = hmac.compare_digest(key.secret_sha256, digest)
+    previous = hmac.compare_digest(key.previous_sha256 or "", digest) and _is_before(moment, key.previous_until)
+    usable = key.revoked_at is None and project.archived_at is None
+    return (current or previous) and usable and (key.expires_at is None or moment < key.expires_at)
+
+
+def _is_before(moment: datetime, end: datetime | None) -> bool:
+    return end is not None and moment < end
 
 
 def _note_use(sessions: sessionmaker[Session], key: ApiKey) -> None:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from api.errors import MissingScope, OrganizationKeyRequired
+from api.scopes import Scope
+
 #: How long a good key is believed to be good.
 CALLER_SECONDS = 1.0
 #: Keys that are remembered at once.
@@ -21,6 +24,25 @@ class Caller:
     project_id: str
     project_slug: str
     key_id: str
+    scopes: frozenset[Scope] = frozenset()
+    #: Whether ``admin`` reaches all projects, not only the key's own.
+    organization_wide: bool = False
+
+    def require(self, scope: Scope) -> None:
+        """Raises ``MissingScope`` if the key does not have it."""
+        if scope not in self.scopes:
+            has = ", ".join(sorted(self.scopes)) or "none"
+            raise MissingScope(
+                f"You have insufficient permissions for this operation. Missing scopes: {scope}. The key has: {has}; "
+                "ask an administrator of the project for a key with it."
+            )
+
+    def require_organization(self) -> None:
+        """Raises ``OrganizationKeyRequired`` if the key's reach ends at its project."""
+        if not self.organization_wide:
+            raise OrganizationKeyRequired(
+                "This needs an organization-wide admin key; the key in use administers its own project only."
+            )
 
 
 class RecentCallers:

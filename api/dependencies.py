@@ -3,30 +3,62 @@ fails is then a 500, not a lie. What needs no database is ``async``: that saves 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
+from starlette.responses import Response
 
+from api.audit import service as audit
+from api.auth import CallerDep
+from api.caller import Caller
+from api.idempotency import service as idempotency
+from api.idempotency.attempt import Attempt, AttemptDep
 from api.pagination import Order, PageQuery
-from api.resources import Resources
+from api.resources import ResourcesDep
+from api.routing import Operation
 from api.unit_of_work import UnitOfWork, open_unit_of_work
 
-
-async def get_resources(request: Request) -> Resources:
-    """What the lifespan opened."""
-    resources: Resources = request.app.state.resources
-    return resources
+__all__ = ["PageParams", "ReadSessionDep", "ResourcesDep", "SessionDep", "WorkDep"]
 
 
-ResourcesDep = Annotated[Resources, Depends(get_resources)]
+def unit_of_work(
+    request: Request, resources: ResourcesDep, caller: CallerDep, attempt: AttemptDep
+) -> Iterator[UnitOfWork]:
+    """The request's only transaction that writes; it begins with the first statement.
 
-
-def unit_of_work(resources: ResourcesDep) -> Iterator[UnitOfWork]:
-    """The request's only transaction that writes; it begins with the first statement."""
-    with open_unit_of_work(resources.sessions, resources.queue) as work:
+    What the request changes, the audit log's line about it and the answer for its repetitions commit together.
+    """
+    claim = None if attempt is None else partial(idempotency.claim, attempt=attempt, sessions=resources.sessions)
+    with open_unit_of_work(resources.sessions, resources.queue, on_begin=claim) as work:
         yield work
+        if work.has_begun:
+            _write_down(work, request, caller, attempt)
+
+
+def _write_down(work: UnitOfWork, request: Request, caller: Caller, attempt: Attempt | None) -> None:
+    answer: Response = request.state.answer
+    body = bytes(answer.body).decode()
+    object_id = _object_id(request, body)
+    origin = audit.Origin(
+        action=Operation.of(request).action,
+        request_id=request.state.request_id,
+        ip_address=request.client.host if request.client else None,
+    )
+    audit.record(work, caller, origin, object_id=object_id)
+    if attempt is not None:
+        idempotency.keep(work, attempt, status=answer.status_code, body=body, object_id=object_id)
+
+
+def _object_id(request: Request, body: str) -> str | None:
+    """What the request was about: the id in its answer, else the last one in its path."""
+    shown = json.loads(body)
+    in_path = next(reversed(request.path_params.values()), None)
+    found = shown.get("id") or shown.get("first_id") or in_path
+    return None if found is None else str(found)
 
 
 WorkDep = Annotated[UnitOfWork, Depends(unit_of_work, scope="function")]

@@ -15,6 +15,8 @@ ApiError 500 internal_error
   ├── NotAuthenticated 401
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
   ├── PermissionDenied 403
+  │     ├── MissingScope            the key may not do this; the message names the scope
+  │     └── OrganizationKeyRequired the key administers its own project only
   ├── NotFound 404                not there, or of another project: a caller cannot tell which
   │     ├── FileNotFound
   │     ├── UploadNotFound
@@ -23,9 +25,14 @@ ApiError 500 internal_error
   │     ├── SweepNotFound
   │     ├── WebhookEndpointNotFound
   │     ├── PermissionNotFound
+  │     ├── ProjectNotFound
+  │     ├── ApiKeyNotFound
   │     └── ModelNotFound
-  ├── Conflict 409
-  │     └── FileInUse               an unfinished job needs the file
+  ├── Conflict 409                never worth a retry, except RequestInProgress
+  │     ├── FileInUse               an unfinished job needs the file
+  │     ├── AnswerNotKept           the request was carried out before, and its answer had a secret
+  │     └── RequestInProgress       the same request is still being carried out
+  ├── IdempotencyKeyReused 422    another request had this Idempotency-Key
   ├── TooLarge 413
   ├── RateLimited 429             the project has more than its share of something
   ├── ClientGone 499              the client closed the connection; nobody reads this answer
@@ -176,6 +183,18 @@ class PermissionDenied(ApiError):
     code = "permission_denied"
 
 
+class MissingScope(PermissionDenied):
+    """The key does not have the scope that the route needs."""
+
+    code = "missing_scope"
+
+
+class OrganizationKeyRequired(PermissionDenied):
+    """The key administers its own project only."""
+
+    code = "organization_key_required"
+
+
 class NotFound(ApiError):
     """Not there, or not in the caller's project."""
 
@@ -220,6 +239,18 @@ class PermissionNotFound(NotFound):
     code = "permission_not_found"
 
 
+class ProjectNotFound(NotFound):
+    """No such project, or not one that the caller administers."""
+
+    code = "project_not_found"
+
+
+class ApiKeyNotFound(NotFound):
+    """No such key, or none that the caller administers."""
+
+    code = "api_key_not_found"
+
+
 class CheckpointNotFound(NotFound):
     """No such checkpoint of the job."""
 
@@ -238,13 +269,36 @@ class Conflict(ApiError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+    should_retry = False  # OpenAI's client repeats every 409 otherwise
 
 
 class FileInUse(Conflict):
     """An unfinished job needs the file."""
 
     code = "file_in_use"
-    should_retry = False  # OpenAI's client repeats every 409 otherwise
+
+
+class AnswerNotKept(Conflict):
+    """The request was carried out before; its answer had a secret, which is not kept."""
+
+    code = "answer_not_kept"
+
+
+class RequestInProgress(Conflict):
+    """The same request is still being carried out."""
+
+    code = "request_in_progress"
+    should_retry = True
+    retry_after_seconds = 1
+
+
+class IdempotencyKeyReused(ApiError):
+    """Another request had this ``Idempotency-Key``."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+    should_retry = False
 
 
 class TooLarge(ApiError):

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from api.errors import ApiError, InvalidRequest
+from api.idempotency.service import Replayed
 
 _HTTP_CODES = {
     404: ("unknown_url", "Unknown URL {method} {path}; check the path, which begins with /v1."),
@@ -42,6 +43,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(DataError, _data_error)
+    app.add_exception_handler(Replayed, _replayed)
 
 
 def _answer(error: ApiError) -> JSONResponse:
@@ -70,6 +72,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _data_error(_request: Request, _error: Exception) -> Response:
     # PostgreSQL takes no NUL in a text, and SQLite does: such a value is nobody's id and no one's name.
     return _answer(InvalidRequest("Found a value that the database cannot take, such as a NUL character."))
+
+
+async def _replayed(_request: Request, replayed: Exception) -> Response:
+    assert isinstance(replayed, Replayed)  # noqa: S101 - registered for this class
+    headers = {"idempotent-replayed": "true"}
+    return Response(replayed.body, replayed.status, headers=headers, media_type="application/json")
 
 
 def explain(errors: Sequence[Mapping[str, Any]], *, body: Any) -> InvalidRequest:

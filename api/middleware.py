@@ -36,6 +36,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = new_id("req_")
+        scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status: int | None = None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import httpx
+from fastapi import Depends, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -37,6 +39,15 @@ class Resources:
     engine: EngineClient
     jobs: JobWatch
     callers: RecentCallers
+
+
+async def get_resources(request: Request) -> Resources:
+    """What the lifespan opened."""
+    resources: Resources = request.app.state.resources
+    return resources
+
+
+ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from api.audit.endpoints import router as audit
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
 from api.estimates.endpoints import router as estimates
@@ -15,6 +16,7 @@ from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
 from api.permissions.endpoints import router as permissions
+from api.projects.endpoints import router as projects
 from api.reports.endpoints import router as reports
 from api.sweeps.endpoints import router as sweeps
 from api.uploads.endpoints import router as uploads
@@ -29,6 +31,6 @@ def include_routers(app: FastAPI) -> None:
     each router around them."""
     responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     tuning = (jobs, files, reports, uploads, estimates, sweeps)
-    for domain in (*tuning, permissions, models, completions, classifications, webhooks):
+    for domain in (*tuning, permissions, models, completions, classifications, webhooks, projects, audit):
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)

@@ -7,8 +7,10 @@ from logging.config import fileConfig
 from alembic import context
 from sqlalchemy import Connection
 
+import api.audit.models
 import api.engines.models
 import api.files.models
+import api.idempotency.models
 import api.jobs.models
 import api.models.models
 import api.projects.models

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.database import database_now
 from api.engines import repository
+from api.idempotency import repository as answers
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
 from api.reports.repository import list_waiting
@@ -30,12 +31,13 @@ DELIVERIES_KEPT = timedelta(days=30)
 
 
 def sweep(held: Resources) -> None:
-    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries and what has
-    expired."""
+    """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries, old
+    answers and what has expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
     _forget_deliveries(held)
+    _forget_answers(held)
     remove_expired(held)
 
 
@@ -89,6 +91,11 @@ def _forget_engines(held: Resources) -> None:
 def _forget_deliveries(held: Resources) -> None:
     with held.sessions.begin() as session:
         webhooks.forget(session, before=database_now(session) - DELIVERIES_KEPT)
+
+
+def _forget_answers(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        answers.remove_older(session, database_now(session) - answers.KEPT)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

@@ -88,10 +88,12 @@ def migrate(settings: Settings) -> None:
 
 
 def first_key(settings: Settings) -> str | None:
-    """Make the first project and its key; None if there is a key already."""
+    """Make the first project and its key, which may do everything; None if there is a key already."""
     with Session(make_engine(settings.database_url)) as session, session.begin():
         project = ensure_project(session, name=PROJECT)
-        return None if has_keys(session, project.id) else create_api_key(session, project, name="first key")
+        if has_keys(session, project.id):
+            return None
+        return create_api_key(session, project, name="first key", organization_wide=True)
 
 
 class Reporter(Printer):  # type: ignore[misc] # honcho has no types

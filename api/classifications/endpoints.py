@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from api.auth import CallerDep
 from api.classifications import engine, service
 from api.classifications.schemas import Classification, ClassificationCreate
 from api.completions.responses import unless_disconnected
 from api.dependencies import ResourcesDep
+from api.routing import Router
 
-router = APIRouter(prefix="/classify", tags=["inference"])
+router = Router(prefix="/classify", tags=["inference"])
 
 
 @router.post("", response_model=Classification)

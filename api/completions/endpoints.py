@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import Header, Request
 from starlette.responses import JSONResponse, Response
 
 from api.auth import CallerDep
@@ -23,8 +23,9 @@ from api.completions.schemas import (
 )
 from api.dependencies import ResourcesDep
 from api.resources import Resources
+from api.routing import Router
 
-router = APIRouter(tags=["inference"])
+router = Router(tags=["inference"])
 
 #: Seconds that the answer may take; ``engine_timeout`` at most.
 TimeoutHeader = Annotated[float | None, Header(alias="x-request-timeout-seconds", gt=0, allow_inf_nan=False)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from api.auth import CallerDep
 from api.dependencies import ResourcesDep, WorkDep
@@ -10,8 +10,9 @@ from api.estimates import service
 from api.estimates.schemas import JobEstimate
 from api.jobs.schemas import JobCreate
 from api.reports.endpoints import RETRY_AFTER
+from api.routing import Router
 
-router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"])
+router = Router(prefix="/fine_tuning", tags=["fine-tuning"])
 
 
 @router.post("/estimate", responses={202: {"model": JobEstimate, "description": "A worker reads the files."}})

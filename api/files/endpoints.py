@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 from starlette.responses import FileResponse
 
 from api.auth import CallerDep
@@ -15,8 +15,9 @@ from api.files import service
 from api.files.schemas import FileDeleted, FileObject, Purpose
 from api.files.upload import UploadDep, multipart_body
 from api.pagination import ListObject, PageQuery
+from api.routing import Router
 
-router = APIRouter(prefix="/files", tags=["files"])
+router = Router(prefix="/files", tags=["files"])
 
 AnyPurpose = Purpose | Literal["fine-tune-results"]
 FilePage = Annotated[PageQuery, Depends(PageParams(default_limit=10_000, max_limit=10_000))]

@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi import Body, Depends, Header, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
@@ -14,7 +14,7 @@ from api.auth import CallerDep, current_caller
 from api.caller import Caller
 from api.completions.responses import unless_disconnected
 from api.conditional import IF_NONE_MATCH, NOT_MODIFIED, Condition, make_tag, not_modified, tagged
-from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep, get_resources
+from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep, WorkDep
 from api.errors import InvalidRequest
 from api.jobs import comparing, polling, service
 from api.jobs.comparing import JobComparison
@@ -31,8 +31,10 @@ from api.jobs.schemas import (
 )
 from api.models.service import model_name
 from api.pagination import ListObject, PageQuery
+from api.resources import get_resources
+from api.routing import Router
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+router = Router(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 JobPage = Annotated[PageQuery, Depends(PageParams(default_limit=20))]
 CheckpointPage = Annotated[PageQuery, Depends(PageParams(default_limit=10))]

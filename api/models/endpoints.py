@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
 from starlette.responses import Response
 
 from api.auth import CallerDep
-from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep
+from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep, WorkDep
 from api.files.upload import multipart_body
 from api.models import importing, service
 from api.models.downloads import AdapterFormat
 from api.models.schemas import Model, ModelDeleted
 from api.models.upload import AdapterUploadDep
 from api.pagination import ListObject
+from api.routing import Router
 
-router = APIRouter(prefix="/models", tags=["models"])
+router = Router(prefix="/models", tags=["models"])
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ADAPTER_CONTENT: dict[int | str, dict[str, Any]] = {
@@ -38,16 +38,10 @@ def list_models(caller: CallerDep, session: ReadSessionDep, resources: Resources
 
 
 @router.post("", openapi_extra=_IMPORT_BODY)
-async def import_model(upload: AdapterUploadDep, caller: CallerDep, resources: ResourcesDep) -> Model:
+async def import_model(upload: AdapterUploadDep, caller: CallerDep, work: WorkDep, resources: ResourcesDep) -> Model:
     """Make a model of an adapter that was trained elsewhere: ours, or a PEFT LoRA or VeRA folder in a zip or tar."""
-    return await importing.import_adapter(
-        caller,
-        upload,
-        engine=resources.engine,
-        sessions=resources.sessions,
-        queue=resources.queue,
-        settings=resources.settings,
-    )
+    engine, settings = resources.engine, resources.settings
+    return await importing.import_adapter(work, caller, upload, engine=engine, settings=settings)
 
 
 # Before the next route, whose name of a model takes the rest of the path.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from api.caller import Caller
@@ -19,9 +17,8 @@ from api.models.repository import AdapterRepository
 from api.models.schemas import Model
 from api.models.service import model_name
 from api.models.upload import AdapterUpload
-from api.queue import TaskQueue
 from api.settings import Settings
-from api.unit_of_work import open_unit_of_work
+from api.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from api.models.engine import BaseDescription
@@ -29,13 +26,7 @@ if TYPE_CHECKING:
 
 
 async def import_adapter(
-    caller: Caller,
-    upload: AdapterUpload,
-    *,
-    engine: EngineClient,
-    sessions: sessionmaker[Session],
-    queue: TaskQueue,
-    settings: Settings,
+    work: UnitOfWork, caller: Caller, upload: AdapterUpload, *, engine: EngineClient, settings: Settings
 ) -> Model:
     """Read, check and store an adapter: by its own digest, and by an engine as if it were asked.
 
@@ -69,7 +60,7 @@ async def import_adapter(
         artifact=content,
         created_at=now(),
     )
-    await run_in_threadpool(partial(_store, row, sessions=sessions, queue=queue))
+    await run_in_threadpool(_store, work, row)
     return Model.of(row, owner=caller.project_slug)
 
 
@@ -117,6 +108,6 @@ def _verify(content: bytes) -> Artifact:
         ) from error
 
 
-def _store(row: Adapter, *, sessions: sessionmaker[Session], queue: TaskQueue) -> None:
-    with open_unit_of_work(sessions, queue) as work:
-        AdapterRepository(work.session, row.project_id).add(row)
+def _store(work: UnitOfWork, row: Adapter) -> None:
+    """The first use of the session, which holds a connection: what takes long comes before."""
+    AdapterRepository(work.session, row.project_id).add(row)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, SessionDep
 from api.pagination import ListObject, Order, PageQuery
 from api.permissions import service
 from api.permissions.schemas import Permission, PermissionCreate, PermissionDeleted, PermissionOrder
+from api.routing import Router
 
-router = APIRouter(prefix="/fine_tuning/checkpoints", tags=["fine-tuning"])
+router = Router(prefix="/fine_tuning/checkpoints", tags=["fine-tuning"])
 
 
 @router.get("/{model:path}/permissions")

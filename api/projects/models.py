@@ -17,6 +17,8 @@ class Project(Base, Listed):
 
     name: Mapped[str]
     slug: Mapped[str] = mapped_column(unique=True)
+    #: The keys of an archived project are refused.
+    archived_at: Mapped[datetime | None]
 
 
 class ApiKey(Base, Listed):
@@ -26,7 +28,16 @@ class ApiKey(Base, Listed):
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"), index=True)
     name: Mapped[str]
+    #: The beginning of the secret, which lists show.
     prefix: Mapped[str]
     secret_sha256: Mapped[str] = mapped_column(unique=True)
+    #: The secret before the last rotation, which is good until ``previous_until``.
+    previous_sha256: Mapped[str | None] = mapped_column(unique=True)
+    previous_until: Mapped[datetime | None]
+    #: As of ``api.scopes.join_scopes``.
+    scopes: Mapped[str]
+    #: Whether its ``admin`` scope reaches all projects.
+    organization_wide: Mapped[bool] = mapped_column(default=False)
+    expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Iterable
+from datetime import timedelta
 
 from sqlalchemy.orm import Session
 
@@ -12,6 +14,7 @@ from api.database import new_id, now
 from api.errors import Conflict, InvalidRequest
 from api.projects import repository
 from api.projects.models import ApiKey, Project
+from api.scopes import EVERY_SCOPE, Scope, join_scopes
 
 KEY_PREFIX = "sk-uora-"
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -47,20 +50,53 @@ def ensure_project(session: Session, *, name: str) -> Project:
     return repository.find_by_name(session, name) or create_project(session, name)
 
 
-def create_api_key(session: Session, project: Project, *, name: str) -> str:
+def create_api_key(
+    session: Session,
+    project: Project,
+    *,
+    name: str,
+    scopes: Iterable[Scope] = EVERY_SCOPE,
+    organization_wide: bool = False,
+) -> str:
     """Add a key to the project and return it in plain, for the only time."""
-    key = KEY_PREFIX + secrets.token_urlsafe(32)
-    session.add(
-        ApiKey(
-            id=new_id("key_"),
-            project_id=project.id,
-            name=name,
-            prefix=key[: len(KEY_PREFIX) + 4],
-            secret_sha256=hash_key(key),
-        )
+    return new_api_key(session, project.id, name=name, scopes=scopes, organization_wide=organization_wide)[1]
+
+
+def new_api_key(
+    session: Session,
+    project_id: str,
+    *,
+    name: str,
+    scopes: Iterable[Scope],
+    organization_wide: bool = False,
+    lifetime: timedelta | None = None,
+) -> tuple[ApiKey, str]:
+    """Add a key and return its row and, for the only time, its secret."""
+    secret = new_secret()
+    key = ApiKey(
+        id=new_id("key_"),
+        project_id=project_id,
+        name=name,
+        prefix=shown_prefix(secret),
+        secret_sha256=hash_key(secret),
+        scopes=join_scopes(scopes),
+        organization_wide=organization_wide,
+        expires_at=None if lifetime is None else now() + lifetime,
+        created_at=now(),
     )
+    session.add(key)
     session.flush()
-    return key
+    return key, secret
+
+
+def new_secret() -> str:
+    """A secret of 256 random bits."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def shown_prefix(secret: str) -> str:
+    """What is shown of a secret."""
+    return secret[: len(KEY_PREFIX) + 4]
 
 
 def revoke_api_key(session: Session, key: str) -> bool:

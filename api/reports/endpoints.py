@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 
 from api.auth import CallerDep
 from api.dependencies import ResourcesDep, WorkDep
 from api.reports import service
 from api.reports.models import ReportStatus
 from api.reports.schemas import FileReportObject
+from api.routing import Router
 from uora.data.fitting import Overlong
 from uora.spec import Task
 
-router = APIRouter(prefix="/files", tags=["files"])
+router = Router(prefix="/files", tags=["files"])
 
 #: Seconds after which a report that is being made is worth another look.
 RETRY_AFTER = "1"

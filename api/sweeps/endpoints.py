@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
 from api.auth import CallerDep
 from api.dependencies import ReadSessionDep, ResourcesDep, WorkDep
+from api.routing import Router
 from api.sweeps import service
 from api.sweeps.schemas import Sweep, SweepCreate
 
-router = APIRouter(prefix="/fine_tuning/sweeps", tags=["fine-tuning"])
+router = Router(prefix="/fine_tuning/sweeps", tags=["fine-tuning"])
 
 
 @router.post("")

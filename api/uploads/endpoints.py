@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, BinaryIO
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 
 from api.auth import CallerDep
 from api.dependencies import ResourcesDep, SessionDep, WorkDep
 from api.files.upload import multipart_body, receive_file
+from api.routing import Router
 from api.uploads import service
 from api.uploads.schemas import UploadComplete, UploadCreate, UploadObject, UploadPartObject
 
-router = APIRouter(prefix="/uploads", tags=["files"])
+router = Router(prefix="/uploads", tags=["files"])
 
 
 def check_pending(upload_id: str, caller: CallerDep, resources: ResourcesDep) -> None:
@@ -44,9 +45,9 @@ def create_upload(body: UploadCreate, caller: CallerDep, session: SessionDep, re
 
 @router.post("/{upload_id}/parts", openapi_extra=multipart_body(name="data"))
 def create_part(
-    upload_id: str, caller: CallerDep, work: WorkDep, resources: ResourcesDep, received: PartDep
+    upload_id: str, caller: CallerDep, received: PartDep, work: WorkDep, resources: ResourcesDep
 ) -> UploadPartObject:
-    """Add a part."""
+    """Add a part. What it belongs to is looked for before it is read, hence before the work, which reads it too."""
     part = service.add_part(
         work,
         caller,

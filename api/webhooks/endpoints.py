@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import CallerDep
 from api.dependencies import PageParams, ReadSessionDep, ResourcesDep, SessionDep
 from api.pagination import ListObject, PageQuery
+from api.routing import Router
 from api.webhooks import service
 from api.webhooks.models import EventType, WebhookEndpoint
 from api.webhooks.schemas import (
@@ -25,7 +26,7 @@ from api.webhooks.schemas import (
     SecretRotate,
 )
 
-router = APIRouter(tags=["webhooks"])
+router = Router(tags=["webhooks"])
 
 EndpointPage = Annotated[PageQuery, Depends(PageParams(default_limit=20, max_limit=100))]
 
