@@ -26,9 +26,9 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import e2e
-from benchmarks.training import CACHE, DTYPE, MODEL, Stopwatch
+from benchmarks.training import CACHE, DTYPE, MODEL, Stopwatch, base_model
 from uora.data import Dataset, Row, read_file
-from uora.models import LocalModel, fetch
+from uora.models import LocalModel
 from uora.spec import Hyperparameters, TrainingSpec, UoraSpec
 from uora.training import train
 from uora.training.cotraining import Member, cotrain
@@ -41,7 +41,7 @@ def main() -> None:
     """Run the benchmark."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
+    base = base_model(smoke=arguments.smoke)
     datasets, spec = _datasets(arguments), _spec(arguments.task)
     _together(base, datasets[:2], spec)  # frames and files are in the caches from here on
     seconds: dict[str, list[float]] = {"one after the other": [], "together": []}
@@ -58,7 +58,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one repetition of three jobs with three rows")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, three jobs of three rows, once"
+    )
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--rows", type=int, default=20, help="of each job; as many steps")
     parser.add_argument("--repetitions", type=int, default=3)

@@ -1,6 +1,6 @@
 """What a training step costs, and how well that is foretold: ``python -m benchmarks.scaling [--smoke] [--write]``.
 
-UORA on SmolLM2-135M-Instruct (bfloat16), as a job of the service trains it, over ranks, targets, lengths of rows and
+UORA on SmolLM2-135M-Instruct, as a job of the service trains it, over ranks, targets, lengths of rows and
 sizes of batches. The coefficients of ``uora.estimate`` are fitted to the measurements; each measurement is printed
 beside what the coefficients fitted to all the others foretell (leave-one-out). ``--write`` puts them into the package.
 Each measurement has a process of its own, and memory is its peak in the steps above that of one with only the base
@@ -26,12 +26,12 @@ import psutil
 import torch
 from rich.table import Table
 
-from benchmarks.training import CACHE, MODEL, SEED, Stopwatch, console, peak_mib
+from benchmarks.training import CACHE, DTYPE, MODEL, SEED, Stopwatch, console, peak_mib
 from uora import estimate
 from uora.data import Example, fit, read_file
 from uora.encoders import row_encoder
 from uora.estimate import COSTS_FILE, Costs, Work
-from uora.models import LocalModel, fetch, load_model, pick_dtype
+from uora.models import LocalModel, fetch, load_model
 from uora.sizing import measure
 from uora.spec import Hyperparameters, Targets, TrainingOptions, TrainingSpec, UoraSpec
 from uora.training import train
@@ -131,7 +131,7 @@ def _in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def _resident_with_base(base: LocalModel) -> float:
-    kept = load_model(base, dtype=pick_dtype("bfloat16"), device="cpu")
+    kept = load_model(base, dtype=DTYPE, device="cpu")
     found = psutil.Process().memory_info().rss
     del kept
     return float(found)
@@ -150,7 +150,7 @@ def _measure(base: LocalModel, setting: Setting, steps: int, alone: float) -> Me
         validation=None,
         observer=watch,
         cache_dir=CACHE,
-        dtype=pick_dtype("bfloat16"),
+        dtype=DTYPE,
     )
     peak = peak_mib() * 2**20
     encode = row_encoder("completion", base).encode

@@ -13,9 +13,11 @@ its embeddings.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -113,14 +115,24 @@ class Workload:
     batch: int
 
     @classmethod
-    def read(cls, path: Path, *, steps: int, batch: int) -> Workload:
+    def read(cls, base: LocalModel, path: Path, *, steps: int, batch: int) -> Workload:
         """Enough rows for ``steps`` steps."""
-        base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
         with tempfile.TemporaryDirectory() as folder:
             rows = e2e.read_rows(path, steps * batch)
             dataset = read_file(e2e.write_jsonl(rows, Path(folder) / "rows.jsonl"), "chat")
         tokenizer = load_tokenizer(base)
         return cls(base, dataset, [encode_chat(cast(ChatRow, row), tokenizer) for row in dataset.rows], batch)
+
+
+def base_model(*, smoke: bool) -> LocalModel:
+    """What is trained: in the short form, which is there to see that all of it runs, a random model of two layers."""
+    if not smoke:
+        return fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
+    from tests.tiny import make_tiny_llama
+
+    folder = tempfile.mkdtemp(prefix="uora-bench-")
+    atexit.register(shutil.rmtree, folder)
+    return fetch("tiny", f"path:{make_tiny_llama(Path(folder) / 'tiny', max_tokens=1024)}", cache_dir=CACHE)
 
 
 Contestant = Callable[[Workload], Stopwatch]
@@ -284,7 +296,8 @@ def main() -> None:
     if arguments.memory_of:
         _measure_memory(arguments)
         return
-    work = Workload.read(arguments.data, steps=arguments.steps, batch=arguments.batch)
+    base = base_model(smoke=arguments.smoke)
+    work = Workload.read(base, arguments.data, steps=arguments.steps, batch=arguments.batch)
     watches: dict[str, list[Stopwatch]] = {name: [] for name in CONTESTANTS}
     for repetition in range(arguments.repetitions):
         for name, contestant in CONTESTANTS.items():
@@ -297,7 +310,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one repetition of two steps of two rows, memory of two")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one repetition of two steps of two rows")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of a repetition; the first is not counted")
     parser.add_argument("--batch", type=int, default=8)
@@ -333,7 +346,8 @@ def peak_mib() -> float:
 
 
 def _measure_memory(arguments: argparse.Namespace) -> None:
-    work = Workload.read(arguments.data, steps=arguments.steps, batch=arguments.batch)
+    base = base_model(smoke=arguments.smoke)
+    work = Workload.read(base, arguments.data, steps=arguments.steps, batch=arguments.batch)
     if arguments.memory_of == BASE_ONLY:
         kept = load_model(work.base, dtype=DTYPE, device=_device())
         found = torch.cuda.memory_allocated() if _device() == "cuda" else psutil.Process().memory_info().rss
@@ -346,16 +360,8 @@ def _measure_memory(arguments: argparse.Namespace) -> None:
 
 def _memory_in_its_own_process(name: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "benchmarks.training", "--memory-of", name]
-    command += [
-        "--steps",
-        "2",
-        "--batch",
-        str(arguments.batch),
-        "--threads",
-        str(arguments.threads),
-        "--data",
-        str(arguments.data),
-    ]
+    command += ["--steps", "2", "--batch", str(arguments.batch), "--threads", str(arguments.threads)]
+    command += ["--data", str(arguments.data), *(["--smoke"] if arguments.smoke else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
 
