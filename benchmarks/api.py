@@ -353,11 +353,14 @@ def under_load(pool: Pool, *, seconds: float, smoke: bool) -> Measured:
             training_file=rows,
             method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}},
         )
+        # Only then is the engine saturated, for the job would wait minutes for the cores to begin with.
+        wait_for(lambda: (getattr(client.fine_tuning.jobs.retrieve(job.id), "progress", None) or {}).get("step"))
         stop = threading.Event()
         streams = stack.enter_context(ThreadPoolExecutor(STREAMS))
         stack.callback(stop.set)
-        asked = [streams.submit(_keep_asking, client, model, stop) for _ in range(STREAMS)]
-        wait_for(lambda: (getattr(client.fine_tuning.jobs.retrieve(job.id), "progress", None) or {}).get("step"))
+        answered = threading.Event()
+        asked = [streams.submit(_keep_asking, client, model, stop, answered) for _ in range(STREAMS)]
+        answered.wait(120)
         api = Api(int(running.url.rsplit(":", 1)[1]), url, client.api_key, rows, [job.id])
         request = api.request(f"{JOBS}/{job.id}")
         load = Load(api.port, (request,), seconds, connections=DASHBOARDS, pace=POLL_SECONDS)
@@ -377,11 +380,12 @@ def _base_model(home: Path, *, smoke: bool) -> tuple[str, str]:
     return "tiny", f"path:{make_tiny_llama(home / 'base')}"
 
 
-def _keep_asking(client: openai.OpenAI, model: str, stop: threading.Event) -> int:
+def _keep_asking(client: openai.OpenAI, model: str, stop: threading.Event, answered: threading.Event) -> int:
     answers = 0
     while not stop.is_set():
         client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Go on."}], max_tokens=64)
         answers += 1
+        answered.set()
     return answers
 
 

@@ -58,9 +58,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model, three jobs of three rows, once"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, three jobs of three rows, once")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--rows", type=int, default=20, help="of each job; as many steps")
     parser.add_argument("--repetitions", type=int, default=3)
