@@ -11,13 +11,15 @@ from contextlib import asynccontextmanager
 from types import FrameType
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from sqlalchemy.orm import configure_mappers
 
 from api.handlers import install_handlers
 from api.middleware import BodyLimit, RequestContext
+from api.openapi import document, operation_id
 from api.queue import TaskQueue
 from api.resources import open_resources
-from api.router import include_routers
+from api.router import PUBLIC_ROUTES, include_routers
 from api.settings import Settings
 from api.telemetry import configure_logging
 
@@ -41,17 +43,18 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
                 _spare_the_collector()
             yield
 
-    app = FastAPI(
+    app = FastAPIOffline(  # the page of the calls works without a network
         title="UORA",
         description="OpenAI-compatible fine-tuning and inference.",
         lifespan=lifespan,
         docs_url="/docs",
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
+        generate_unique_id_function=operation_id,
         # A redirect would lose the body's method on some clients; an unknown path is a clear 404.
         redirect_slashes=False,
     )
     include_routers(app)
+    document(app, public_routes=PUBLIC_ROUTES)
     install_handlers(app)
     app.add_middleware(
         BodyLimit,

@@ -16,27 +16,42 @@ from api.errors import ClientGone
 T = TypeVar("T")
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. ``close`` is called in the end, also if the client left before the first event."""
+class ClosingStream(StreamingResponse):
+    """An answer in pieces. ``close`` is called in the end, also if the client left before the first piece."""
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[str | bytes],
+        *,
+        close: Callable[[], Awaitable[None]],
+        media_type: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(pieces, media_type=media_type, headers=headers)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces until they end or the client leaves."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._close()
+
+
+class EventStream(ClosingStream):
+    """Server-sent events."""
 
     def __init__(
         self, events: AsyncIterator[str | bytes], *, close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
     ) -> None:
         super().__init__(
             events,
+            close=close,
             media_type="text/event-stream",
             # Proxies that collect an answer before they pass it on would make a stream of it all at once.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the client leaves."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._close()
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -6,62 +6,65 @@ import io
 import re
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from api.errors import InvalidRequest
+from api.models.engine import ExportDtype, ExportRequest
 from api.models.models import Adapter
 
-#: As it is stored; or the equal LoRA as PEFT reads it, zipped.
-AdapterFormat = Literal["uora", "lora"]
-#: Larger LoRAs are made by the command line, not in the api's memory.
+#: As it is stored; the equal LoRA as PEFT reads it, zipped; or the base model with it, as transformers does, zipped.
+AdapterFormat = Literal["uora", "lora", "merged"]
+#: Larger LoRAs are made by an engine, not in the api's memory.
 MAX_LORA_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file; the same ``etag`` means the same content."""
+    """A file; the same ``etag`` means the same content. What an engine has to make has an ``order`` and no content."""
 
-    content: bytes
     filename: str
     media_type: str
     etag: str
+    content: bytes = b""
+    order: ExportRequest | None = None
 
 
-def make_download(adapter: Adapter, form: AdapterFormat) -> Download:
+def make_download(adapter: Adapter, form: AdapterFormat, dtype: ExportDtype | None) -> Download:
     """The adapter in one of its forms.
 
     Raises:
-        InvalidRequest: its LoRA needs the base model's weights, or is too large to be made here.
+        InvalidRequest: ``dtype`` goes with merged models only.
     """
+    if dtype is not None and form != "merged":
+        raise InvalidRequest(f"dtype is of merged models only; leave it out for {form}.", param="dtype")
     # Names have colons, and base models' slashes.
     name = re.sub(r"[^\w.-]+", "-", adapter.id, flags=re.ASCII)
     if form == "uora":
-        return Download(adapter.artifact, f"{name}.safetensors", "application/octet-stream", adapter.digest)
-    return Download(_lora_zip(adapter.artifact), f"{name}-lora.zip", "application/zip", f"{adapter.digest}-lora")
+        return Download(f"{name}.safetensors", "application/octet-stream", adapter.digest, content=adapter.artifact)
+    as_zip = partial(Download, f"{name}-{form}.zip", "application/zip")
+    content = _lora_zip(adapter.artifact) if form == "lora" else None
+    if content is not None:
+        return as_zip(f"{adapter.digest}-lora", content=content)
+    order = ExportRequest(
+        base_model=adapter.base_model, adapter=adapter.id, digest=adapter.digest, form=form, dtype=dtype
+    )
+    return as_zip("-".join(filter(None, (adapter.digest, form, dtype))), order=order)
 
 
-def _lora_zip(content: bytes) -> bytes:
+def _lora_zip(content: bytes) -> bytes | None:
+    """None if it needs the base model's weights, or is too large to be made here."""
     from uora.artifact import loads  # numpy is needed for nothing else here
     from uora.convert import lora_bytes, lora_files, scale
     from uora.spec import OsoraSpec
 
     artifact = loads(content)
-    if isinstance(artifact.manifest.adapter, OsoraSpec):
-        raise _use_command("An osora adapter is converted with its base model's weights, which the api does not have")
     shapes = [(module.in_features, module.out_features) for module in artifact.manifest.modules]
-    size = lora_bytes(shapes, scale(artifact).rank)
-    if size > MAX_LORA_BYTES:
-        raise _use_command(f"This adapter's LoRA has {size:,} bytes; at most {MAX_LORA_BYTES:,} are made here")
+    too_large = lora_bytes(shapes, scale(artifact).rank) > MAX_LORA_BYTES
+    if too_large or isinstance(artifact.manifest.adapter, OsoraSpec):
+        return None
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for file, data in lora_files(artifact).items():
             archive.writestr(zipfile.ZipInfo(file), data)  # without the time of day: one content for one etag
     return packed.getvalue()
-
-
-def _use_command(reason: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{reason}. Download it with format=uora and run: python -m uora export FILE --to lora DIRECTORY.",
-        param="format",
-        code="unsupported_format",
-    )

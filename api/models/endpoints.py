@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from api.auth import CallerDep
+from api.completions.responses import ClosingStream
 from api.dependencies import ReadSessionDep, ResourcesDep, SessionDep, WorkDep
 from api.files.upload import multipart_body
 from api.models import importing, service
-from api.models.downloads import AdapterFormat
+from api.models.downloads import AdapterFormat, Download
+from api.models.engine import ExportDtype, export
 from api.models.schemas import Model, ModelDeleted
 from api.models.upload import AdapterUploadDep
 from api.pagination import ListObject
@@ -46,17 +50,28 @@ async def import_model(upload: AdapterUploadDep, caller: CallerDep, work: WorkDe
 
 # Before the next route, whose name of a model takes the rest of the path.
 @router.get("/{model:path}/adapter", response_class=Response, responses=_ADAPTER_CONTENT)
-def get_adapter(
+async def get_adapter(
     model: str,
     caller: CallerDep,
-    session: ReadSessionDep,
     resources: ResourcesDep,
     format: AdapterFormat = "uora",
+    dtype: ExportDtype | None = None,
 ) -> Response:
-    """Download a fine-tuned model: as it is stored, or a zip of the equal LoRA as PEFT reads it."""
-    download = service.download(session, caller, name=model, base_models=resources.settings.base_models, form=format)
+    """Download a fine-tuned model: as it is stored, a zip of the equal LoRA as PEFT reads it, or a zip of the whole
+    model as transformers reads it, with its weights in ``dtype``."""
+
+    def look_up() -> Download:
+        with resources.read_sessions() as session:  # closed before an engine makes what has to be made
+            base_models = resources.settings.base_models
+            return service.download(session, caller, name=model, base_models=base_models, form=format, dtype=dtype)
+
+    download = await run_in_threadpool(look_up)
     headers = {"ETag": f'"{download.etag}"', "Content-Disposition": f'attachment; filename="{download.filename}"'}
-    return Response(download.content, media_type=download.media_type, headers=headers)
+    if download.order is None:
+        return Response(download.content, media_type=download.media_type, headers=headers)
+    stack = AsyncExitStack()
+    pieces = await stack.enter_async_context(export(resources.engine, download.order))
+    return ClosingStream(pieces, close=stack.aclose, media_type=download.media_type, headers=headers)
 
 
 @router.get("/{model:path}")

@@ -1,8 +1,11 @@
-"""What an engine is asked before an adapter from elsewhere is taken in."""
+"""What an engine is asked about models: before an adapter from elsewhere is taken in, and for forms to take away that
+stand on the base model's weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -42,6 +45,34 @@ class CheckRequest(BaseModel):
 
     base_model: str
     manifest: dict[str, Any]
+
+
+#: Of a merged model's weights.
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ExportRequest(BaseModel):
+    """An adapter in a form that needs the base model.
+
+    Attributes:
+        adapter: the row's name.
+        digest: what its bytes must have.
+        form: a PEFT LoRA, or the base model with the adapter in its weights.
+        dtype: of a merged model; None takes the one that the base model is stored in.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    base_model: str
+    adapter: str
+    digest: str
+    form: Literal["lora", "merged"]
+    dtype: ExportDtype | None = None
+
+
+def export(engine: EngineClient, request: ExportRequest) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    """A zip in pieces; errors are those of `EngineClient.stream`."""
+    return engine.stream("/export", request.model_dump(), base_model=request.base_model, model=request.adapter)
 
 
 async def describe(engine: EngineClient, *, base_model: str) -> BaseDescription:

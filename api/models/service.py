@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from api.caller import Caller
 from api.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from api.models.downloads import AdapterFormat, Download, make_download
+from api.models.engine import ExportDtype
 from api.models.models import Adapter
 from api.models.repository import AdapterRepository
 from api.models.schemas import Model
@@ -83,18 +84,24 @@ def resolve(session: Session, caller: Caller, *, name: str, base_models: Collect
 
 
 def download(
-    session: Session, caller: Caller, *, name: str, base_models: Collection[str], form: AdapterFormat
+    session: Session,
+    caller: Caller,
+    *,
+    name: str,
+    base_models: Collection[str],
+    form: AdapterFormat,
+    dtype: ExportDtype | None = None,
 ) -> Download:
     """A fine-tuned model, checkpoints included, to take away.
 
     Raises:
-        InvalidRequest: it is a base model, or cannot be had in this form.
+        InvalidRequest: it is a base model, or ``dtype`` is asked of a form that has none.
         PermissionDenied: it is another project's, which shares its answers only.
         ModelNotFound: there is none in the project.
     """
     if name in base_models:
         raise InvalidRequest(f"{name!r} is a base model; only fine-tuned models have an adapter.", param="model")
-    return make_download(_get_own(session, caller, name), form)
+    return make_download(_get_own(session, caller, name), form, dtype)
 
 
 def delete(session: Session, caller: Caller, *, name: str, base_models: Collection[str]) -> None:

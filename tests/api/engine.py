@@ -76,6 +76,7 @@ class ScriptedEngine:
         return Starlette(
             routes=[
                 Route("/generate", self._generate, methods=["POST"]),
+                Route("/export", self._generate, methods=["POST"]),
                 Route("/classify", self._classify, methods=["POST"]),
             ]
         )

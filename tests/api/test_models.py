@@ -164,20 +164,30 @@ def test_an_adapter_is_downloaded_as_lora(service: Service, tuned: Tuned, method
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "form", "dtype"),
     [
-        (lambda: make_adapter("osora"), "An osora adapter is converted with its base model's weights"),
-        (lambda: make_adapter(r=64, size=600_000), "This adapter's LoRA has 307,200,000 bytes; at most"),
+        (lambda: make_adapter("osora"), "lora", None),
+        (lambda: make_adapter(r=64, size=600_000), "lora", None),  # a LoRA of 307 MB
+        (make_adapter, "merged", "bfloat16"),
     ],
 )
-def test_a_lora_that_is_not_made_here(
-    service: Service, tuned: Tuned, content: Callable[[], bytes], reason: str
+def test_what_needs_the_base_model_or_much_memory_is_made_by_an_engine(
+    service: Service, tuned: Tuned, content: Callable[[], bytes], form: str, dtype: str | None
 ) -> None:
-    store(service, tuned.final, content())
-    answer = service.http().get(f"/v1/models/{tuned.final}/adapter", params={"format": "lora"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_format")
-    assert answer.json()["error"]["message"].startswith(reason)
-    assert "python -m uora export" in answer.json()["error"]["message"]
+    digest = store(service, tuned.final, content())
+    service.engine.lines = ["a zip", "in pieces"]
+    query = {"format": form} | ({"dtype": dtype} if dtype else {})
+    answer = service.http().get(f"/v1/models/{tuned.final}/adapter", params=query)
+    assert (answer.status_code, answer.content) == (200, b"a zip\nin pieces\n")
+    assert answer.headers["etag"] == f'"{"-".join([digest, form, *([dtype] if dtype else [])])}"'
+    asked = service.engine.requests[-1]
+    assert asked == {"base_model": "tiny", "adapter": tuned.final, "digest": digest, "form": form, "dtype": dtype}
+
+
+def test_only_merged_models_have_a_dtype(service: Service, tuned: Tuned) -> None:
+    store(service, tuned.final, make_adapter())
+    answer = service.http().get(f"/v1/models/{tuned.final}/adapter", params={"format": "lora", "dtype": "float16"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "dtype")
 
 
 def test_loras_are_made_without_torch() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from typing import Annotated, Any
 
 import structlog
@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from api.classifications.engine import ClassifyAnswer, ClassifyRequest
 from api.completions.engine import Delta as DeltaLine
@@ -25,14 +25,14 @@ from api.completions.engine import TokenLogprob as TokenLogprobLine
 from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
 from api.errors import ClientGone
-from api.models.engine import BaseDescription, CheckRequest, DescribeRequest
+from api.models.engine import BaseDescription, CheckRequest, DescribeRequest, ExportRequest
 from api.settings import Settings
 from api.telemetry import configure_logging
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine import classify as classes
-from worker.engine import importing
+from worker.engine import exporting, importing
 from worker.engine.errors import EngineError
 from worker.engine.preparing import Prepared, prepare
 from worker.engine.provenance import fingerprint, provenance
@@ -63,6 +63,7 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
         await run_in_threadpool(runner.stop)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.state.cache_dir = settings.cache_dir
     app.state.token = settings.engine_token.get_secret_value()
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
@@ -71,6 +72,7 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
     app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
     app.post("/describe", dependencies=[Depends(_authenticate)])(describe)
     app.post("/check", dependencies=[Depends(_authenticate)])(check)
+    app.post("/export", dependencies=[Depends(_authenticate)])(export)
     app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
     return app
 
@@ -157,6 +159,24 @@ def check(body: CheckRequest, served: Annotated[Served, Depends(_runner)]) -> di
     """Whether an adapter could be served."""
     importing.check(served, body)
     return {"status": "ok"}
+
+
+async def export(
+    request: Request, body: ExportRequest, served: Annotated[Served, Depends(_runner)]
+) -> StreamingResponse:
+    """A fine-tuned model in another form, as a zip."""
+    pieces = exporting.export(served, body, cache_dir=request.app.state.cache_dir)
+    first = await run_in_threadpool(next, pieces)  # with it, all that can fail has been done
+    return StreamingResponse(_closing(chain([first], pieces), pieces), media_type="application/zip")
+
+
+async def _closing(pieces: Iterator[bytes], source: Generator[bytes, None, None]) -> AsyncIterator[bytes]:
+    """The pieces; ``source`` is closed with them, also when the client leaves."""
+    try:
+        async for piece in iterate_in_threadpool(pieces):
+            yield piece
+    finally:
+        source.close()
 
 
 async def classify(
