@@ -16,5 +16,5 @@ COPY migrations migrations
 USER uora
 
 FROM base AS worker
-RUN pip install --constraint requirements.lock '.[worker]'
+RUN pip install --constraint requirements.lock '.[worker,quantized,wandb]'
 USER uora

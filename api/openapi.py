@@ -18,6 +18,7 @@ from api.scopes import needed_scope
 
 EXAMPLES = Path(__file__).with_name("examples.json")
 METHODS = ("get", "post", "delete")
+_VALUES = {"model": ".+"}
 
 
 def operation_id(route: APIRoute) -> str:
@@ -33,6 +34,11 @@ def operations(document: dict[str, Any]) -> dict[str, tuple[str, str]]:
         for method, each in item.items()
         if method in METHODS
     }
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """What the paths of an operation look like; names of models may have slashes."""
+    return re.compile(re.sub(r"\{(\w+)\}", lambda found: f"(?P<{found[1]}>{_VALUES.get(found[1], '[^/]+')})", path))
 
 
 def document(app: FastAPI, *, public_routes: frozenset[str]) -> None:
@@ -71,7 +77,7 @@ def _add_example(operation: dict[str, Any], example: dict[str, Any], *, method: 
         {"lang": "Python", "label": "OpenAI's client", "source": example["python"]},
         {"lang": "Shell", "label": "curl", "source": curl(method, example)},
     ]
-    in_path = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", path), example["path"])
+    in_path = path_pattern(path).fullmatch(example["path"])
     values = {**(in_path.groupdict() if in_path else {}), **example["query"]}
     for parameter in operation.get("parameters", ()):
         if parameter["name"] in values:

@@ -30,10 +30,11 @@ from api.database import make_engine, make_sessions
 from api.models.models import Adapter
 from api.projects.service import ensure_project
 from api.settings import Settings
+from benchmarks.training import base_model
 from scripts.demo_data import Review, load_split, write_jsonl
 from uora.artifact import Artifact, loads, stored_bytes
 from uora.data import read_file, render
-from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
+from uora.models import LocalModel, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Delta, Generation
 from uora.serving.sampling import Sampling
@@ -95,7 +96,7 @@ def main() -> None:
         database_url = os.environ.get("UORA_DATABASE_URL", f"sqlite:///{home}/rows.db")
         settings = Settings(home=home, database_url=database_url, engine_token=secrets.token_urlsafe())
         split = load_split(settings.cache_dir, train=arguments.steps * BATCH, validation=0, held_out=arguments.prompts)
-        base = fetch(MODEL, f"known:{MODEL}", cache_dir=settings.cache_dir)
+        base = base_model(smoke=arguments.smoke)
         trained = {method: _train(method, arguments, split.train, base, settings) for method in METHODS}
         rows = _store(settings, trained)
         result = _serve(settings, base, rows, split.held_out, max_tokens=arguments.tokens)
@@ -105,7 +106,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="2 steps on query and value, a few tokens")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, 2 steps on query and value, a few tokens")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--prompts", type=int, default=4, help="held-out reviews, each asked of every model")

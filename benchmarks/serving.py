@@ -31,12 +31,12 @@ import api.jobs.models  # noqa: F401 - the mappers need every table
 from api.database import Base, make_engine, make_sessions, new_id
 from api.models.models import Adapter
 from api.projects.models import Project
-from benchmarks.training import CACHE, MODEL
+from benchmarks.training import CACHE, MODEL, base_model
 from uora import targets
 from uora.artifact import Artifact, Manifest, Provenance, dumps, loads
 from uora.layout import ModuleShape
 from uora.methods import adapter_fingerprint
-from uora.models import LocalModel, fetch, load_model, load_tokenizer, pick_dtype
+from uora.models import LocalModel, load_model, load_tokenizer, pick_dtype
 from uora.serving.bank import AdapterBank
 from uora.serving.generation import Batcher, Delta, Generation
 from uora.serving.sampling import Sampling
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one repetition with few adapters and tokens")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, one repetition with few adapters and tokens")
     parser.add_argument("--adapters", type=int, default=10_000, help="the largest number")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64, help="of each contestant and repetition")
@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.dtype = pick_dtype(arguments.dtype)
-        self.base = fetch(MODEL, f"known:{MODEL}", cache_dir=CACHE)
+        self.base = base_model(smoke=arguments.smoke)
         tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(self.base))
         self.plain = self._load()
         self.modules = tuple(targets.find(self.plain, "q,v").values())
@@ -100,7 +100,7 @@ class Bench:
         self.batcher._end_tokens = frozenset()  # every answer has all its tokens, as the peers' have
         draw = np.random.default_rng(0)
         self.prompts: list[list[int]] = [
-            draw.integers(5, 49_000, size=draw.integers(32, 129)).tolist() for _ in range(arguments.requests)
+            draw.integers(5, min(49_000, len(tokenizer)), size=draw.integers(32, 129)).tolist() for _ in range(arguments.requests)
         ]
         self.bytes: dict[str, int] = {}
         self.digests = {hits: self._fill(hits=hits) for hits in (True, False)}

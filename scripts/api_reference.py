@@ -21,7 +21,8 @@ Made by `python -m scripts.api_reference` from [openapi.json](openapi.json), whi
 `/openapi.json` and shows at `/docs`, also without a network. What was sent and answered was recorded from a running
 service with SmolLM2-135M-Instruct by `python -m scripts.record_examples`; secrets are cut. In the commands, `$UORA` is
 the service's address, such as `http://127.0.0.1:8000`, and `$KEY` an API key with the scope that is named
-([keys.md](keys.md)).
+([keys.md](keys.md)). In Python, `client` is `OpenAI(base_url=f"{UORA}/v1", api_key=KEY)` and `MODEL` the name of the
+base model; each call goes on from those before it.
 
 An error is `{"error": {"message", "type", "param", "code"}}`: what was found, what was expected, what to do.
 """

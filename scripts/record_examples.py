@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from api.database import make_engine
 from api.main import create_app
-from api.openapi import EXAMPLES, operations
+from api.openapi import EXAMPLES, operations, path_pattern
 from api.projects.service import create_api_key, ensure_project
 from api.settings import Settings
 from scripts.demo import own_settings, running_service
@@ -41,7 +41,7 @@ CHATS = [
     ("Where can I park?", "Behind the house, free for two hours."),
 ] * 4
 
-#: Run in this order with the same names; each is shown as the way to make the call that it ends with.
+#: Run in this order with the same names; the first that ends with a call is shown as the way to make it.
 STEPS = """
 file = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
 
@@ -160,7 +160,7 @@ client.admin.organization.projects.api_keys.list(project.id, limit=1)
 
 client.admin.organization.projects.api_keys.retrieve(key["id"], project_id=project.id)
 
-client.admin.organization.projects.api_keys.update(key["id"], project_id=project.id, name="till 2")
+client.admin.organization.projects.api_keys.update(key["id"], project_id=project.id, scopes=["infer"])
 
 client.post(
     f"/organization/projects/{project.id}/api_keys/{key['id']}/rotate", cast_to=object, body={"grace_seconds": 3600}
@@ -207,6 +207,10 @@ client.get(f"/webhook_endpoints/{endpoint.id}/deliveries", cast_to=object)
 client.webhooks.rotate_secret(endpoint.id, keep_old_secret_active_for_24_hours=True)
 
 client.webhooks.delete(endpoint.id)
+
+for unfinished in client.fine_tuning.jobs.list():
+    if unfinished.status in ("validating_files", "queued", "running"):
+        client.fine_tuning.jobs.cancel(unfinished.id)
 
 labels = client.files.create(file=open("labels.jsonl", "rb"), purpose="fine-tune")
 classifier = wait_for(
@@ -313,19 +317,19 @@ def record(
         assert recorder.request is not None  # noqa: S101 - a step that sends nothing is a mistake above
         assert recorder.response is not None  # noqa: S101
         name = find_operation(recorder.request, found)
-        examples[name] = show(step, recorder.request, recorder.response)
+        examples.setdefault(name, show(step, recorder.request, recorder.response))
         console.print(f"{recorder.response.status_code} {name}")
     return examples
 
 
 def find_operation(request: httpx2.Request, found: dict[str, tuple[str, str]]) -> str:
-    """The operation that a request is for; the one with the fewest parameters in its path."""
+    """The operation that a request is for: the one whose path says most of it."""
     matches = [
-        (path.count("{"), name)
+        (path.count("{"), -len(path), name)
         for name, (method, path) in found.items()
-        if method == request.method and re.fullmatch(re.sub(r"\{\w+\}", ".+", path), request.url.path)
+        if method == request.method and path_pattern(path).fullmatch(request.url.path)
     ]
-    return min(matches)[1]
+    return min(matches)[2]
 
 
 def show(step: str, request: httpx2.Request, response: httpx2.Response) -> dict[str, Any]:
