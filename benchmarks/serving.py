@@ -65,7 +65,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, one repetition with few adapters and tokens")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, one repetition with few adapters and tokens"
+    )
     parser.add_argument("--adapters", type=int, default=10_000, help="the largest number")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64, help="of each contestant and repetition")
@@ -100,7 +102,8 @@ class Bench:
         self.batcher._end_tokens = frozenset()  # every answer has all its tokens, as the peers' have
         draw = np.random.default_rng(0)
         self.prompts: list[list[int]] = [
-            draw.integers(5, min(49_000, len(tokenizer)), size=draw.integers(32, 129)).tolist() for _ in range(arguments.requests)
+            draw.integers(5, min(49_000, len(tokenizer)), size=draw.integers(32, 129)).tolist()
+            for _ in range(arguments.requests)
         ]
         self.bytes: dict[str, int] = {}
         self.digests = {hits: self._fill(hits=hits) for hits in (True, False)}

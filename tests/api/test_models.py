@@ -181,7 +181,13 @@ def test_what_needs_the_base_model_or_much_memory_is_made_by_an_engine(
     assert (answer.status_code, answer.content) == (200, b"a zip\nin pieces\n")
     assert answer.headers["etag"] == f'"{"-".join([digest, form, *([dtype] if dtype else [])])}"'
     asked = service.engine.requests[-1]
-    assert asked == {"base_model": "tiny", "adapter": tuned.final, "digest": digest, "form": form, "dtype": dtype}
+    assert asked == {
+        "base_model": "org/slashed",
+        "adapter": tuned.final,
+        "digest": digest,
+        "form": form,
+        "dtype": dtype,
+    }
 
 
 def test_only_merged_models_have_a_dtype(service: Service, tuned: Tuned) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from api.database import now
 from api.models.models import Adapter
-from tests.worker.engine.world import PROMPT, World, peft_folder, world, zipped  # noqa: F401 - a fixture among them
+from tests.worker.engine.world import PROMPT, World, peft_folder, zipped
 from uora.artifact import Provenance, loads
 from uora.methods import attach, export_artifact
 from uora.models import fetch, load_model, load_tokenizer
@@ -27,7 +27,7 @@ from worker.engine import exporting
 
 
 @pytest.fixture
-def imported(world: World, tmp_path: Path) -> tuple[str, str]:  # noqa: F811
+def imported(world: World, tmp_path: Path) -> tuple[str, str]:
     """A model that stock PEFT made, and what it makes of the prompt."""
     expected = peft_folder(world, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), tmp_path / "made")
     return world.send(zipped(tmp_path / "made"))["id"], expected
@@ -40,7 +40,7 @@ def unpack(content: bytes, folder: Path) -> Path:
     return folder
 
 
-def answer(world: World, model: PreTrainedModel | PeftModel) -> str:  # noqa: F811
+def answer(world: World, model: PreTrainedModel | PeftModel) -> str:
     tokenizer = load_tokenizer(fetch("tiny", world.settings.base_models["tiny"], cache_dir=world.settings.cache_dir))
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -48,12 +48,14 @@ def answer(world: World, model: PreTrainedModel | PeftModel) -> str:  # noqa: F8
     return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def download(world: World, model: str, **query: str) -> httpx.Response:  # noqa: F811
+def download(world: World, model: str, **query: str) -> httpx.Response:
     return world.client().get(f"/models/{model}/adapter", cast_to=httpx.Response, options={"params": query})
 
 
 def test_a_merged_model_answers_without_an_adapter(
-    world: World, imported: tuple[str, str], tmp_path: Path  # noqa: F811
+    world: World,
+    imported: tuple[str, str],
+    tmp_path: Path,
 ) -> None:
     name, expected = imported
     got = download(world, name, format="merged")
@@ -69,7 +71,7 @@ def test_a_merged_model_answers_without_an_adapter(
     assert halved.dtype == torch.bfloat16
 
 
-def test_the_lora_of_an_osora_adapter_stands_on_the_weights(world: World, tmp_path: Path) -> None:  # noqa: F811
+def test_the_lora_of_an_osora_adapter_stands_on_the_weights(world: World, tmp_path: Path) -> None:
     base = fetch("tiny", world.settings.base_models["tiny"], cache_dir=world.settings.cache_dir)
     weights = BaseWeights.of_local(base, "chat", world.settings.cache_dir)
     spec = parse_adapter({"method": "osora", "r": 4, "targets": "q,v"})
@@ -79,7 +81,12 @@ def test_the_lora_of_an_osora_adapter_stands_on_the_weights(world: World, tmp_pa
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator)
     expected = answer(world, tuned)
-    content = export_artifact(tuned, spec, base=weights, provenance=Provenance(base_model="tiny", base_digest=base.digest, data_sha256="d" * 64))
+    content = export_artifact(
+        tuned,
+        spec,
+        base=weights,
+        provenance=Provenance(base_model="tiny", base_digest=base.digest, data_sha256="d" * 64),
+    )
     manifest = loads(content).manifest
     name = "ft:tiny:acme:osora:12345678"
     with world.sessions.begin() as session:
@@ -99,7 +106,7 @@ def test_the_lora_of_an_osora_adapter_stands_on_the_weights(world: World, tmp_pa
     assert answer(world, PeftModel.from_pretrained(plain, folder)) == expected != world.ask("tiny")
 
 
-def test_one_export_at_a_time(world: World, imported: tuple[str, str]) -> None:  # noqa: F811
+def test_one_export_at_a_time(world: World, imported: tuple[str, str]) -> None:
     with exporting._ONE_AT_A_TIME, pytest.raises(openai.InternalServerError) as caught:
         download(world, imported[0], format="merged")
     assert (caught.value.status_code, caught.value.code) == (503, "engine_busy")
@@ -108,7 +115,10 @@ def test_one_export_at_a_time(world: World, imported: tuple[str, str]) -> None: 
 
 
 def test_a_client_that_leaves_leaves_nothing(
-    world: World, imported: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
+    world: World,
+    imported: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(exporting, "_PIECE", 256)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -123,7 +133,7 @@ def test_a_client_that_leaves_leaves_nothing(
         time.sleep(0.05)
 
 
-def test_a_model_that_is_gone_is_not_found(world: World, imported: tuple[str, str]) -> None:  # noqa: F811
+def test_a_model_that_is_gone_is_not_found(world: World, imported: tuple[str, str]) -> None:
     world.client().models.delete(imported[0])
     with pytest.raises(openai.NotFoundError):
         download(world, imported[0], format="merged")

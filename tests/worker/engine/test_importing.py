@@ -18,8 +18,9 @@ from peft import LoraConfig, VeraConfig
 
 from api.models.models import Adapter
 from tests.api.support import ROOT
-from tests.worker.engine.world import World, peft_folder, world, zipped  # noqa: F401 - a fixture among them
+from tests.worker.engine.world import World, peft_folder, zipped
 from uora.artifact import Artifact, dumps, loads
+
 
 def tarred(folder: Path, mode: str) -> bytes:
     packed = io.BytesIO()
