@@ -10,6 +10,7 @@ from api.classifications.schemas import Classification, ClassificationCreate
 from api.completions.responses import unless_disconnected
 from api.dependencies import ResourcesDep
 from api.routing import Router
+from api.usage.models import Operation
 
 router = Router(prefix="/classify", tags=["inference"])
 
@@ -23,5 +24,13 @@ async def create_classification(
     served = await service.resolve(resources.read_sessions, caller, name=body.model, settings=settings)
     wanted = service.to_engine(body, served, max_items=settings.engine_max_classify_items)
     answer = await unless_disconnected(request, engine.classify(resources.engine, wanted))
+    resources.usage.add(
+        caller,
+        served.name,
+        Operation.CLASSIFICATION,
+        requests=1,
+        input_tokens=answer.prompt_tokens,
+        items=len(wanted.items),
+    )
     response.headers["x-uora-provenance"] = answer.provenance.header()
     return service.to_client(answer, model=served.name)

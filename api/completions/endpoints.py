@@ -24,6 +24,8 @@ from api.completions.schemas import (
 from api.dependencies import ResourcesDep
 from api.resources import Resources
 from api.routing import Router
+from api.usage.ledger import Meter
+from api.usage.models import Operation
 
 router = Router(tags=["inference"])
 
@@ -42,7 +44,8 @@ async def create_chat_completion(
     """Answer a conversation with a base model or one of the project's models."""
     target = await service.resolve(resources.read_sessions, caller, body, settings=resources.settings)
     generate = chat.to_engine(body, target, deadline_seconds=_deadline(resources, timeout))
-    return await _answer(request, body, resources, generate, ChatDialect())
+    meter = Meter(resources.usage, caller, body.model, Operation.CHAT)
+    return await _answer(request, body, resources, generate, ChatDialect(), meter)
 
 
 @router.post("/completions", response_model=Completion)
@@ -56,7 +59,8 @@ async def create_completion(
     """Go on from raw prompts with a base model or one of the project's models."""
     target = await service.resolve(resources.read_sessions, caller, body, settings=resources.settings)
     generate = legacy.to_engine(body, target, deadline_seconds=_deadline(resources, timeout))
-    return await _answer(request, body, resources, generate, LegacyDialect())
+    meter = Meter(resources.usage, caller, body.model, Operation.COMPLETION)
+    return await _answer(request, body, resources, generate, LegacyDialect(), meter)
 
 
 def _deadline(resources: Resources, asked: float | None) -> float:
@@ -65,10 +69,15 @@ def _deadline(resources: Resources, asked: float | None) -> float:
 
 
 async def _answer(
-    request: Request, body: GenerationCreate, resources: Resources, generate: GenerateRequest, dialect: Dialect
+    request: Request,
+    body: GenerationCreate,
+    resources: Resources,
+    generate: GenerateRequest,
+    dialect: Dialect,
+    meter: Meter,
 ) -> Response:
     service.check_choices(generate, max_rows=resources.settings.engine_max_rows)
-    begin = Generation.begin(resources.engine, generate, dialect=dialect, model=body.model)
+    begin = Generation.begin(resources.engine, generate, dialect=dialect, meter=meter, model=body.model)
     generation = await unless_disconnected(request, begin)
     if body.stream:
         events = generation.stream(include_usage=body.include_usage)

@@ -331,6 +331,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
+        key_id=caller.key_id,
         status=JobStatus.VALIDATING_FILES,
         model=body.model,
         base_model=start.base_model,

@@ -20,7 +20,8 @@ from worker.delivering import ring
 from worker.failures import Failure
 from worker.lease import Lease, LeaseLost, claim, claim_companions, writing
 from worker.messages import ChildRequest, Run
-from worker.results import Finished
+from worker.progress import Trained
+from worker.results import NOTHING, Finished
 from worker.starting import load_state, load_warm_start
 from worker.supervisor import CancelRequested, Interrupted, Outcome, Settle, TakenOver, patiently, supervise
 
@@ -49,21 +50,21 @@ def train(held: Resources, job_id: str) -> None:
             held.spare.refill()
 
 
-def record(held: Resources, lease: Lease, outcome: Outcome) -> None:
-    """Write down how an attempt ended.
+def record(held: Resources, lease: Lease, outcome: Outcome, trained: Trained = NOTHING) -> None:
+    """Write down how an attempt ended, and what its run has come to.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     match outcome:
         case Finished():
-            results.succeed(held.sessions, lease, outcome, storage=held.storage)
+            results.succeed(held.sessions, lease, outcome, storage=held.storage, trained=trained)
         case Failure():
-            results.fail(held.sessions, lease, outcome)
+            results.fail(held.sessions, lease, outcome, trained=trained)
         case CancelRequested():
-            results.cancel(held.sessions, lease)
+            results.cancel(held.sessions, lease, trained=trained)
         case Interrupted():
-            results.interrupt(held.sessions, lease, alone=outcome.alone)
+            results.interrupt(held.sessions, lease, alone=outcome.alone, trained=trained)
         case TakenOver():
             pass
         case _:
@@ -75,9 +76,9 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
     """Train the jobs in one process, and settle each, unless the database is gone."""
     unsettled = list(leases)
 
-    def settle(lease: Lease, outcome: Outcome) -> None:
+    def settle(lease: Lease, outcome: Outcome, trained: Trained = NOTHING) -> None:
         unsettled.remove(lease)
-        _settle(held, lease, outcome)
+        _settle(held, lease, outcome, trained)
 
     try:
         with ExitStack() as stack:
@@ -93,15 +94,15 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
             settle(lease, failures.describe(error))
 
 
-def _settle(held: Resources, lease: Lease, outcome: Outcome) -> None:
+def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -> None:
     def write() -> None:
         try:
-            record(held, lease, outcome)
+            record(held, lease, outcome, trained)
         except (LeaseLost, OperationalError):
             raise
         except Exception as error:  # a result that cannot be stored will not be storable after another training
             logger.exception("job %s: its result cannot be stored", lease.job_id)
-            record(held, lease, failures.describe(error))
+            record(held, lease, failures.describe(error), trained)
 
     try:
         patiently(write, patience=held.settings.lease_ttl)
@@ -126,10 +127,10 @@ def _prepare(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack, se
     except OperationalError:
         raise
     except LeaseLost:
-        settle(lease, TakenOver())
+        settle(lease, TakenOver(), NOTHING)
     except Exception as error:
         logger.exception("job %s: its run cannot be prepared", lease.job_id)
-        settle(lease, failures.describe(error))
+        settle(lease, failures.describe(error), NOTHING)
     return None
 
 
