@@ -23,9 +23,7 @@ def limit_waiting(session: Session, *, milliseconds: int) -> None:
 
 def insert(session: Session, *, digest: str, fingerprint: str, at: datetime) -> bool:
     """Insert a record; False if there is one. While another transaction inserts the same, wait for its end."""
-    statement = insert_into(session, IdempotencyRecord).values(
-        digest=digest, fingerprint=fingerprint, created_at=at
-    )
+    statement = insert_into(session, IdempotencyRecord).values(digest=digest, fingerprint=fingerprint, created_at=at)
     unless_there = statement.on_conflict_do_nothing(index_elements=["digest"]).returning(IdempotencyRecord.seq)
     return session.scalar(unless_there) is not None
 
