@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from api.errors import MissingScope, OrganizationKeyRequired
+from api.quotas.models import Quotas
 from api.scopes import Scope
 
 #: How long a good key is believed to be good.
@@ -27,6 +28,8 @@ class Caller:
     scopes: frozenset[Scope] = frozenset()
     #: Whether ``admin`` reaches all projects, not only the key's own.
     organization_wide: bool = False
+    #: The project's, as old as the rest.
+    quotas: Quotas = Quotas()
 
     def require(self, scope: Scope) -> None:
         """Raises ``MissingScope`` if the key does not have it."""

@@ -18,6 +18,7 @@ from api.engines.client import EngineClient
 from api.engines.service import EngineDirectory
 from api.jobs.watching import JobWatch
 from api.queue import CeleryQueue, TaskQueue
+from api.quotas.limiting import RateLimits
 from api.settings import Settings
 from api.storage import LocalStore, ObjectStore
 from api.usage.ledger import UsageLedger
@@ -41,6 +42,7 @@ class Resources:
     jobs: JobWatch
     callers: RecentCallers
     usage: UsageLedger
+    limits: RateLimits
 
 
 async def get_resources(request: Request) -> Resources:
@@ -64,7 +66,11 @@ async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) 
     # No limit of connections: the engine decides how much is too much, and says so.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     try:
-        async with usage.open(), httpx.AsyncClient(timeout=timeout, limits=limits) as client:
+        async with (
+            usage.open(),
+            RateLimits.open(settings) as rate_limits,
+            httpx.AsyncClient(timeout=timeout, limits=limits) as client,
+        ):
             yield Resources(
                 settings=settings,
                 database=database,
@@ -77,6 +83,7 @@ async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) 
                 callers=RecentCallers(),
                 jobs=JobWatch(make_glance_sessions(database)),
                 usage=usage,
+                limits=rate_limits,
             )
     finally:
         database.dispose()

@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import Header, Request
 from starlette.responses import JSONResponse, Response
 
-from api.auth import CallerDep
 from api.completions import chat, legacy, service
 from api.completions.chat import ChatDialect
 from api.completions.engine import GenerateRequest
@@ -22,6 +21,7 @@ from api.completions.schemas import (
     GenerationCreate,
 )
 from api.dependencies import ResourcesDep
+from api.quotas.dependencies import AdmittedCallerDep
 from api.resources import Resources
 from api.routing import Router
 from api.usage.ledger import Meter
@@ -37,7 +37,7 @@ TimeoutHeader = Annotated[float | None, Header(alias="x-request-timeout-seconds"
 async def create_chat_completion(
     request: Request,
     body: ChatCompletionCreate,
-    caller: CallerDep,
+    caller: AdmittedCallerDep,
     resources: ResourcesDep,
     timeout: TimeoutHeader = None,
 ) -> Response:
@@ -52,7 +52,7 @@ async def create_chat_completion(
 async def create_completion(
     request: Request,
     body: CompletionCreate,
-    caller: CallerDep,
+    caller: AdmittedCallerDep,
     resources: ResourcesDep,
     timeout: TimeoutHeader = None,
 ) -> Response:
@@ -79,10 +79,15 @@ async def _answer(
     service.check_choices(generate, max_rows=resources.settings.engine_max_rows)
     begin = Generation.begin(resources.engine, generate, dialect=dialect, meter=meter, model=body.model)
     generation = await unless_disconnected(request, begin)
+
+    async def close() -> None:
+        await generation.close()
+        await resources.limits.spend(meter.caller, meter.tokens)
+
     if body.stream:
         events = generation.stream(include_usage=body.include_usage)
-        return EventStream(events, close=generation.close, headers=generation.headers)
+        return EventStream(events, close=close, headers=generation.headers)
     try:
         return JSONResponse(await unless_disconnected(request, generation.collect()), headers=generation.headers)
     finally:
-        await generation.close()
+        await close()

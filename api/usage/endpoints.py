@@ -1,4 +1,4 @@
-"""``/v1/organization/usage/completions`` as ``client.admin.organization.usage`` asks for it, and ``/v1/usage``, ours."""
+"""``/v1/organization/usage/completions`` as OpenAI's client asks for it, and ours, ``/v1/usage``."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def get_usage(
     asked: OwnUsageDep,
     group_by: Annotated[list[UsageGroup], Query(alias="group_by[]")] = [],  # noqa: B006 - FastAPI copies it
 ) -> UsagePage | Response:
-    """What the project has used, in buckets, and what it has stored now; for ``Accept: text/csv`` as `get_usage_csv`."""
+    """What the project has used, in buckets, and what it has stored now; as `get_usage_csv` for ``Accept: text/csv``."""
     if request.headers.get("accept", "").startswith("text/csv"):
         return get_usage_csv(resources, asked)
     found = service.read(session, asked.filter, asked.period, by=group_by)

@@ -136,6 +136,7 @@ class Meter:
     """
 
     def __init__(self, ledger: UsageLedger, caller: Caller, model: str, operation: Operation) -> None:
+        self.caller = caller
         self._ledger = ledger
         self._of = (caller, model, operation)
         self._completed: dict[int, int] = {}

@@ -13,6 +13,8 @@ from typing import assert_never
 from sqlalchemy.exc import OperationalError
 
 from api.files.repository import FileRepository
+from api.queue import TaskName
+from api.quotas import repository as quotas
 from uora.spec import TrainingSpec
 from worker import failures, results
 from worker.context import Resources, resources
@@ -38,12 +40,21 @@ def train(held: Resources, job_id: str) -> None:
     settings = held.settings
     if held.stopping.is_set():
         return
-    lease = claim(held.sessions, job_id, owner=held.owner, ttl=settings.lease_ttl, max_attempts=settings.max_attempts)
+    lease = claim(
+        held.sessions,
+        job_id,
+        owner=held.owner,
+        ttl=settings.lease_ttl,
+        max_attempts=settings.max_attempts,
+        max_running=settings.quota_jobs_running,
+    )
     if lease is None:
         return
     try:
         at_most = settings.cotrain_jobs - 1 if settings.training_processes == 1 else 0
-        others = claim_companions(held.sessions, lease, at_most=at_most, ttl=settings.lease_ttl)
+        others = claim_companions(
+            held.sessions, lease, at_most=at_most, ttl=settings.lease_ttl, max_running=settings.quota_jobs_running
+        )
         _train(held, [lease, *others])
     finally:
         if settings.spare_trainer:
@@ -107,8 +118,21 @@ def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -
     try:
         patiently(write, patience=held.settings.lease_ttl)
         ring(held, lease.job_id)
+        _ring_next(held, lease.project_id)
     except LeaseLost as lost:
         logger.warning("%s", lost)
+
+
+def _ring_next(held: Resources, project_id: str) -> None:
+    """For a job that waited because its project had as many running as it may; else the sweeper would, a little later."""
+    try:
+        with held.sessions() as session:
+            default = held.settings.quota_jobs_running
+            waiting = quotas.jobs_to_ring(session, project_id, default_running=default, limit=1)
+        for job_id in waiting:
+            held.queue.send(TaskName.TRAIN, job_id)
+    except Exception:  # the job's end is recorded, and must not seem otherwise
+        logger.warning("project %s: its next job waits for the sweeper", project_id, exc_info=True)
 
 
 @dataclass(frozen=True)
