@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from api.errors import MissingScope, OrganizationKeyRequired
 from api.quotas.models import Quotas
@@ -29,7 +29,7 @@ class Caller:
     #: Whether ``admin`` reaches all projects, not only the key's own.
     organization_wide: bool = False
     #: The project's, as old as the rest.
-    quotas: Quotas = Quotas()
+    quotas: Quotas = field(default_factory=Quotas)
 
     def require(self, scope: Scope) -> None:
         """Raises ``MissingScope`` if the key does not have it."""

@@ -36,7 +36,7 @@ WRITERS_KEPT = timedelta(days=7)
 
 def sweep(held: Resources) -> None:
     """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries, old
-    answers and what has expired."""
+    answers, writers of usage and what has expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)

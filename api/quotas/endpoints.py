@@ -49,7 +49,7 @@ def list_rate_limits(
 @router.post("/organization/projects/{project_id}/rate_limits/{rate_limit_id}")
 def update_rate_limit(
     project_id: str,
-    rate_limit_id: Annotated[Literal["rl-all-models"], Path()],
+    _rate_limit_id: Annotated[Literal["rl-all-models"], Path(alias="rate_limit_id")],
     body: RateLimitUpdate,
     caller: CallerDep,
     work: WorkDep,

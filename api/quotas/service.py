@@ -33,8 +33,8 @@ def check_jobs(session: Session, caller: Caller, *, added: int = 1) -> None:
     found = repository.count_jobs(session, caller.project_id, repository.WAITING)
     if limit and found + added > limit:
         raise JobQuotaExceeded(
-            f"Found {found} jobs of this project in the queue, and {added} more; expected {limit} at most (jobs_queued). "
-            "Wait until some are trained, or cancel or pause some: POST /v1/fine_tuning/jobs/{job}/cancel."
+            f"Found {found} jobs of this project in the queue, and {added} more; expected {limit} at most "
+            "(jobs_queued). Wait until some are trained, or cancel some: POST /v1/fine_tuning/jobs/{job}/cancel."
         )
 
 

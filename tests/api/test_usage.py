@@ -1,4 +1,4 @@
-"""The ledger: everything that is used is in it once, and comes out as OpenAI's client, people and spreadsheets read it."""
+"""The ledger: all that is used is in it once, and comes out as OpenAI's client and spreadsheets read it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import io
 import random
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -297,7 +298,7 @@ class TestReading:
         assert requests == sum(since <= minute < before for minute in minutes)
         assert bounds[0][0] == since
         assert bounds[-1][1] == before
-        assert all(first[1] == second[0] for first, second in zip(bounds, bounds[1:], strict=False))
+        assert all(first[1] == second[0] for first, second in pairwise(bounds))
 
     def test_a_project_sees_all_that_it_used_and_has_stored(self, service: Service) -> None:
         put(service, DAY, requests=1, input_tokens=3)

@@ -124,7 +124,7 @@ def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -
 
 
 def _ring_next(held: Resources, project_id: str) -> None:
-    """For a job that waited because its project had as many running as it may; else the sweeper would, a little later."""
+    """For a job that waited since its project had as many running as it may; else the sweeper would, a little later."""
     try:
         with held.sessions() as session:
             default = held.settings.quota_jobs_running
