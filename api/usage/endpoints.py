@@ -125,7 +125,7 @@ def get_usage(
     asked: OwnUsageDep,
     group_by: Annotated[list[UsageGroup], Query(alias="group_by[]")] = [],  # noqa: B006 - FastAPI copies it
 ) -> UsagePage | Response:
-    """What the project has used, in buckets, and what it has stored now; with ``Accept: text/csv``, the former as CSV."""
+    """What the project has used, in buckets, and what it has stored now; as CSV if it is accepted."""
     if request.headers.get("accept", "").startswith("text/csv"):
         return get_usage_csv(resources, asked)
     found = service.read(session, asked.filter, asked.period, by=group_by)

@@ -60,7 +60,10 @@ class Period:
                 param="limit",
             )
         before = _next_minute(int(time.time()) if end is None else end - 1)
-        since = before - size * width.seconds if start is None else start - start % MINUTE_SECONDS
+        if start is None:
+            last = before - 1
+            start = last - last % width.seconds - (size - 1) * width.seconds
+        since = start - start % MINUTE_SECONDS
         if end is not None and since >= before:
             raise InvalidRequest(f"end_time: found {end}; expected a time after start_time.", param="end_time")
         if page is not None:
