@@ -139,9 +139,9 @@ class RateLimits:
             return otherwise
         try:
             return await asyncio.wait_for(ask(), 2 * ANSWER_SECONDS)
-        except (StorageError, TimeoutError, OSError):
+        except (StorageError, TimeoutError, OSError) as error:
             self._paused_until = time.monotonic() + PAUSE_SECONDS
-            log.warning("rate_limits_not_counted", seconds=PAUSE_SECONDS, exc_info=True)
+            log.warning("rate_limits_not_counted", seconds=PAUSE_SECONDS, error=repr(error))
             return otherwise
 
 

@@ -94,8 +94,8 @@ class UsageLedger:
         if self._batch is not None:
             try:
                 await asyncio.to_thread(self._commit, self._batch)
-            except SQLAlchemyError:
-                log.warning("usage_not_written", rows=len(self._batch.used), exc_info=True)
+            except SQLAlchemyError as error:
+                log.warning("usage_not_written", rows=len(self._batch.used), error=repr(error))
                 return False
             self._batch = None
         return True
