@@ -49,8 +49,9 @@ class TestRunningJobs:
         assert claim(any_service.sessions, second, owner="two", ttl=TTL) is None
         assert any_service.job(second).status == JobStatus.QUEUED
         assert claim(any_service.sessions, others, owner="two", ttl=TTL) is not None
+        seq = any_service.job(second).seq
         with any_service.sessions() as session:
-            assert places(session, [any_service.job(second).seq]) == {any_service.job(second).seq: 1}
+            assert places(session, [seq]) == {seq: 1}
         results.fail(any_service.sessions, lease, INTERNAL)
         assert claim(any_service.sessions, second, owner="two", ttl=TTL) is not None
 
