@@ -143,7 +143,7 @@ def add_training(session: Session, job_id: str) -> None:
     key = UsageKey(job.project_id, present_minute(), job.key_id or "", job.model, Operation.TRAINING, job_id)
     add(session, {key: Amounts(trained_tokens=tokens, seconds=seconds)})
     counted = {"counted_tokens": job.run_tokens, "counted_seconds": job.run_seconds}
-    statement = update(Job).where(Job.id == job_id).values(**counted, version=Job.version)  # nothing that is shown
+    statement = update(Job).where(Job.id == job_id).values(**counted)
     session.execute(statement.execution_options(synchronize_session=False))
 
 
