@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Query, Request
+from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 
 from api.auth import CallerDep
@@ -14,7 +16,7 @@ from api.errors import UnsupportedParameter
 from api.routing import Router
 from api.usage import service
 from api.usage.models import Operation
-from api.usage.repository import UsageFilter
+from api.usage.repository import Total, UsageFilter
 from api.usage.schemas import (
     Bucket,
     BucketPage,
@@ -26,7 +28,9 @@ from api.usage.schemas import (
     UsageResult,
     Width,
 )
-from api.usage.service import Period
+from api.usage.service import Buckets, Period
+
+R = TypeVar("R", bound=BaseModel)
 
 router = Router(tags=["usage"])
 
@@ -83,11 +87,9 @@ def get_completions_usage(
     period = Period.of(start=start_time, end=end_time, width=bucket_width, limit=limit, page=page)
     of = service.filter_for(caller, project_ids=project_ids, key_ids=wanted.key_ids, models=wanted.models)
     found = service.read(session, of, period, by=group_by)
-    buckets = [
-        Bucket(start_time=row.start, end_time=row.end, results=[CompletionsResult.of(total) for total in row.totals])
-        for row in found.rows
-    ]
-    return BucketPage(data=buckets, has_more=found.next_page is not None, next_page=found.next_page)
+    return BucketPage(
+        data=_show(found, CompletionsResult.of), has_more=found.next_page is not None, next_page=found.next_page
+    )
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,8 @@ def get_usage(
     if request.headers.get("accept", "").startswith("text/csv"):
         return get_usage_csv(resources, asked)
     found = service.read(session, asked.filter, asked.period, by=group_by)
-    buckets = [
-        Bucket(start_time=row.start, end_time=row.end, results=[UsageResult.of(total) for total in row.totals])
-        for row in found.rows
-    ]
     return UsagePage(
-        data=buckets,
+        data=_show(found, UsageResult.of),
         has_more=found.next_page is not None,
         next_page=found.next_page,
         bytes_stored=BytesStored.of(service.bytes_stored(session, caller)),
@@ -147,3 +145,10 @@ def get_usage_csv(resources: ResourcesDep, asked: OwnUsageDep) -> StreamingRespo
     lines = service.write_csv(resources.read_sessions, asked.filter, asked.period)
     headers = {"Content-Disposition": 'attachment; filename="usage.csv"'}
     return StreamingResponse(lines, media_type="text/csv; charset=utf-8", headers=headers)
+
+
+def _show(found: Buckets, show: Callable[[Total], R]) -> list[Bucket[R]]:
+    return [
+        Bucket(start_time=row.start, end_time=row.end, results=[show(total) for total in row.totals])
+        for row in found.rows
+    ]

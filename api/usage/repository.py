@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Float, cast, delete, func, select, update
+from sqlalchemy import BigInteger, ColumnElement, Double, cast, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from api.database import insert_into, now
@@ -156,7 +156,7 @@ def totals(
     columns = [getattr(UsageRecord, name) for name in by]
     # A sum of BIGINT is a NUMERIC on PostgreSQL, which would arrive as a Decimal.
     sums = [
-        cast(func.sum(getattr(UsageRecord, name)), Float if name == "seconds" else BigInteger).label(name)
+        cast(func.sum(getattr(UsageRecord, name)), Double if name == "seconds" else BigInteger).label(name)
         for name in AMOUNTS
     ]
     period = (UsageRecord.minute >= since, UsageRecord.minute < before)

@@ -72,7 +72,7 @@ class Period:
 
     def bounds(self) -> list[tuple[int, int]]:
         """Start and end of the page's buckets, clipped to the period."""
-        found = []
+        found: list[tuple[int, int]] = []
         start = self.since
         while start < self.before and len(found) < self.limit:
             end = min(start - start % self.width.seconds + self.width.seconds, self.before)

@@ -31,7 +31,7 @@ def upgrade() -> None:
             sa.Column(name, sa.BigInteger(), nullable=False)
             for name in ("requests", "input_tokens", "output_tokens", "trained_tokens", "items")
         ),
-        sa.Column("seconds", sa.Float(), nullable=False),
+        sa.Column("seconds", sa.Double(), nullable=False),
         sa.UniqueConstraint(*KEY),
     )
     op.create_index("ix_usage_records_minute", "usage_records", ["minute"])
@@ -44,7 +44,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("jobs") as jobs:
         jobs.add_column(sa.Column("key_id", sa.String()))
-        for name, kind in (("tokens", sa.BigInteger()), ("seconds", sa.Float())):
+        for name, kind in (("tokens", sa.BigInteger()), ("seconds", sa.Double())):
             jobs.add_column(sa.Column(f"run_{name}", kind, nullable=False, server_default="0"))
             jobs.add_column(sa.Column(f"counted_{name}", kind, nullable=False, server_default="0"))
     with op.batch_alter_table("projects") as projects:
