@@ -124,10 +124,13 @@ class TestBytes:
         server = urlsplit(service.url)
         with socket.create_connection((server.hostname, server.port), timeout=10) as connection:
             head = (
-                f"POST {path.format(upload=upload.id)} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.tenant.key}"
-                "\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 100000\r\n\r\n"
+                f"POST {path.format(upload=upload.id)} HTTP/1.1",
+                "Host: x",
+                f"Authorization: Bearer {service.tenant.key}",
+                "Content-Type: multipart/form-data; boundary=x",
+                "Content-Length: 100000",
             )
-            connection.sendall(head.encode())
+            connection.sendall("\r\n".join((*head, "", "")).encode())
             answer = connection.recv(65_536).decode()
         assert answer.startswith("HTTP/1.1 429 ")
         assert "storage_quota_exceeded" in answer
