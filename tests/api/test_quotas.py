@@ -67,10 +67,11 @@ def slowly(counting: Callable[..., Any]) -> Callable[..., Any]:
     return count_slowly
 
 
-def together(ask: Callable[[], httpx.Response]) -> list[int]:
-    """Eight requests at once; their statuses in order."""
+def together(ask: Callable[[int], httpx.Response]) -> list[int]:
+    """Eight requests at once, each a different one, since equal ones would wait for one another; their statuses in
+    order."""
     with ThreadPoolExecutor(8) as pool:
-        return sorted(answer.result().status_code for answer in [pool.submit(ask) for _ in range(8)])
+        return sorted(answer.status_code for answer in pool.map(ask, range(8)))
 
 
 class TestQueuedJobs:
@@ -115,13 +116,13 @@ class TestQueuedJobs:
     ) -> None:
         monkeypatch.setattr(repository, "count_jobs", slowly(repository.count_jobs))
         limit(service, jobs_queued=3)
-        assert together(lambda: create(service, file_id)) == [200] * 3 + [429] * 5
+        assert together(lambda seed: create(service, file_id, seed=seed)) == [200] * 3 + [429] * 5
         assert count(service) == 3
 
 
 class TestBytes:
-    def upload(self, service: Service, size: int) -> httpx.Response:
-        files = {"file": ("x.jsonl", b"x" * size)}
+    def upload(self, service: Service, size: int, name: str = "x.txt") -> httpx.Response:
+        files = {"file": (name, b"x" * size)}
         return service.http().post("/v1/files", data={"purpose": "user_data"}, files=files)
 
     def test_a_file_over_it_leaves_nothing(self, service: Service) -> None:
@@ -177,7 +178,7 @@ class TestBytes:
     def test_no_more_come_in_together_than_one_by_one(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(quotas, "bytes_stored", slowly(quotas.bytes_stored))
         limit(service, bytes_stored=300)
-        assert together(lambda: self.upload(service, 100)) == [200] * 3 + [429] * 5
+        assert together(lambda number: self.upload(service, 100, name=f"{number}.txt")) == [200] * 3 + [429] * 5
         assert len(service.stored_files()) == 3
 
 
