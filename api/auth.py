@@ -23,6 +23,7 @@ from api.errors import NotAuthenticated, ProjectMismatch
 from api.projects import repository
 from api.projects.models import ApiKey, Project
 from api.projects.service import hash_key
+from api.quotas.models import Quotas
 from api.resources import Resources
 from api.scopes import needed_scope, split_scopes
 
@@ -61,6 +62,7 @@ def _find_caller(resources: Resources, authorization: str | None, openai_project
         key_id=key.id,
         scopes=split_scopes(key.scopes),
         organization_wide=key.organization_wide,
+        quotas=Quotas.of(project, resources.settings),
     )
 
 

@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from api.errors import MissingScope, OrganizationKeyRequired
+from api.quotas.models import Quotas
 from api.scopes import Scope
 
 #: How long a good key is believed to be good.
@@ -27,6 +28,8 @@ class Caller:
     scopes: frozenset[Scope] = frozenset()
     #: Whether ``admin`` reaches all projects, not only the key's own.
     organization_wide: bool = False
+    #: The project's, as old as the rest.
+    quotas: Quotas = field(default_factory=Quotas)
 
     def require(self, scope: Scope) -> None:
         """Raises ``MissingScope`` if the key does not have it."""

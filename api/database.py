@@ -21,6 +21,7 @@ from sqlalchemy import (
     event,
     func,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -94,6 +95,14 @@ def database_now(session: Session) -> datetime:
         moment: datetime = session.execute(func.clock_timestamp(type_=UtcDateTime())).scalar_one()
         return moment
     return now()
+
+
+_INSERTS: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+
+
+def insert_into(session: Session, model: type[Base]) -> Any:
+    """An INSERT with ON CONFLICT, which both databases have, but not SQLAlchemy's common one."""
+    return _INSERTS[session.get_bind().dialect.name](model)
 
 
 def new_id(prefix: str) -> str:

@@ -35,6 +35,9 @@ ApiError 500 internal_error
   ├── IdempotencyKeyReused 422    another request had this Idempotency-Key
   ├── TooLarge 413
   ├── RateLimited 429             the project has more than its share of something
+  ├── QuotaExceeded 429           the project has all that it may have; waiting alone does not help
+  │     ├── JobQuotaExceeded        jobs in the queue
+  │     └── StorageQuotaExceeded    bytes of files, parts of uploads and models
   ├── ClientGone 499              the client closed the connection; nobody reads this answer
   ├── DeadlineExceeded 504        the answer was not complete in the time that the request gave it
   └── Unavailable 503             a part that the request needs does not answer
@@ -61,6 +64,7 @@ class ApiError(Exception):
         param: the parameter at fault, as a path such as ``method.supervised.hyperparameters.n_epochs``.
         should_retry: what to tell the client about sending the same request again; None says nothing.
         retry_after_seconds: when the client may try again; None says nothing.
+        more_headers: of the answer.
     """
 
     status: ClassVar[int] = 500
@@ -76,6 +80,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code or type(self).code
+        self.more_headers: dict[str, str] = {}
         if retry_after is not None:
             self.retry_after_seconds = max(1, math.ceil(retry_after))  # the header has whole seconds
 
@@ -84,8 +89,8 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Response headers that tell clients whether and when to retry."""
-        headers = {}
+        """Response headers, also those that tell clients whether and when to retry."""
+        headers = dict(self.more_headers)
         if self.should_retry is not None:
             headers["x-should-retry"] = str(self.should_retry).lower()
         if self.retry_after_seconds is not None:
@@ -316,6 +321,27 @@ class RateLimited(ApiError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     retry_after_seconds = 1
+
+
+class QuotaExceeded(ApiError):
+    """The project has all that it may have of something."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "quota_exceeded"
+    should_retry = False  # OpenAI's client repeats every 429 otherwise, in seconds
+
+
+class JobQuotaExceeded(QuotaExceeded):
+    """The project may not have more jobs in the queue."""
+
+    code = "job_quota_exceeded"
+
+
+class StorageQuotaExceeded(QuotaExceeded):
+    """The project may not store more bytes."""
+
+    code = "storage_quota_exceeded"
 
 
 class ClientGone(ApiError):

@@ -111,7 +111,7 @@ def _path(error: Mapping[str, Any], *, body: Any) -> str | None:
     """``("body", "a", 0, "b", <union branch>)`` -> ``a[0].b``: what leads nowhere in the body is no step."""
     place, *steps = error["loc"]
     if place != "body":
-        return str(error["loc"][-1])
+        return str((steps or [place])[0])  # of a list, the list
     path, cursor = "", body
     for step in steps:
         if isinstance(cursor, Mapping) and step in cursor:

@@ -17,9 +17,11 @@ from api.jobs.endpoints import router as jobs
 from api.models.endpoints import router as models
 from api.permissions.endpoints import router as permissions
 from api.projects.endpoints import router as projects
+from api.quotas.endpoints import router as quotas
 from api.reports.endpoints import router as reports
 from api.sweeps.endpoints import router as sweeps
 from api.uploads.endpoints import router as uploads
+from api.usage.endpoints import router as usage
 from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
@@ -31,6 +33,17 @@ def include_routers(app: FastAPI) -> None:
     each router around them."""
     responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     tuning = (jobs, files, reports, uploads, estimates, sweeps)
-    for domain in (*tuning, permissions, models, completions, classifications, webhooks, projects, audit):
+    for domain in (
+        *tuning,
+        permissions,
+        models,
+        completions,
+        classifications,
+        webhooks,
+        projects,
+        audit,
+        usage,
+        quotas,
+    ):
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)

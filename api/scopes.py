@@ -15,7 +15,7 @@ class Scope(StrEnum):
     WRITE = "write"
     #: Answers of models.
     INFER = "infer"
-    #: Keys, who may use what, the audit log; with an organization-wide key, projects too.
+    #: Keys, who may use what, the audit log, usage, quotas; with an organization-wide key, projects too.
     ADMIN = "admin"
 
 

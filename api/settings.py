@@ -100,6 +100,12 @@ class Settings(DatabaseSettings):
     #: A file that is uploaded in parts, and each of its parts.
     max_large_upload_bytes: int = Field(default=8 * 1024**3, ge=1)
     max_part_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+    #: Quotas of projects that have none of their own; 0 is no limit (docs/usage.md).
+    quota_jobs_running: int = Field(default=0, ge=0)
+    quota_jobs_queued: int = Field(default=0, ge=0)
+    quota_bytes_stored: int = Field(default=0, ge=0)
+    quota_requests_per_minute: int = Field(default=0, ge=0)
+    quota_tokens_per_minute: int = Field(default=0, ge=0)
     #: What training costs, for estimates, in whatever currency: per second, and per thousand tokens of all epochs.
     price_per_second: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     price_per_thousand_tokens: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)

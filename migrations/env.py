@@ -15,7 +15,8 @@ import api.jobs.models
 import api.models.models
 import api.projects.models
 import api.reports.models
-import api.uploads.models  # noqa: F401 - the tables of the domains above
+import api.uploads.models
+import api.usage.models  # noqa: F401 - the tables of the domains above
 from api.database import Base, make_engine
 from api.settings import DatabaseSettings
 

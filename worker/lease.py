@@ -18,6 +18,7 @@ import api.projects.models  # noqa: F401 - jobs refer to its table
 from api.database import database_now
 from api.jobs.models import Job, JobStatus
 from api.jobs.repository import state_step
+from api.quotas import repository as quotas
 
 Sessions = sessionmaker[Session]
 
@@ -45,7 +46,9 @@ class Renewal:
     pause_requested: bool
 
 
-def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_attempts: int = 3) -> Lease | None:
+def claim(
+    sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_attempts: int = 3, max_running: int = 0
+) -> Lease | None:
     """Take a job that is queued, or whose trainer vanished. Of several claimers one succeeds.
 
     The job goes on from its kept state. What later steps of a lost attempt left stays: those steps are made again, and
@@ -58,11 +61,14 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
         ttl: how long the claim holds without a renewal.
         max_attempts: vanished trainers in a row, none of which kept a later state, after which nobody may try again
             (the sweeper fails the job).
+        max_running: jobs at once of a project that has no limit of its own; 0 for no limit.
 
     Returns:
-        The lease, or None if the job is not free: somebody has it, it is over, or it is to be cancelled or paused.
+        The lease, or None if the job is not free: somebody has it, it is over, it is to be cancelled or paused,
+        or its project has as many others running as it may have.
     """
     with sessions.begin() as session:
+        quotas.lock_project_of(session, job_id, default_running=max_running)
         moment = database_now(session)
         lost = and_(Job.status == JobStatus.RUNNING, Job.lease_until < moment, Job.lost_trainers + 1 < max_attempts)
         taken = session.execute(
@@ -72,6 +78,7 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
                 Job.cancel_requested == false(),
                 Job.pause_requested == false(),
                 or_(Job.status == JobStatus.QUEUED, lost),
+                quotas.may_run(default_running=max_running),
             )
             .values(
                 status=JobStatus.RUNNING,
@@ -91,7 +98,9 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
         return Lease(job_id=job_id, project_id=taken.project_id, attempt=taken.attempt, owner=owner)
 
 
-def claim_companions(sessions: Sessions, lease: Lease, *, at_most: int, ttl: timedelta) -> list[Lease]:
+def claim_companions(
+    sessions: Sessions, lease: Lease, *, at_most: int, ttl: timedelta, max_running: int = 0
+) -> list[Lease]:
     """Take queued jobs of any project that can be trained together with the job of ``lease``, the oldest first.
 
     A job that a trainer was lost with is none, nor has any: it may have been the cause.
@@ -101,16 +110,18 @@ def claim_companions(sessions: Sessions, lease: Lease, *, at_most: int, ttl: tim
         lease: of the first job.
         at_most: how many to take.
         ttl: as in `claim`.
+        max_running: as in `claim`.
     """
     taken: list[Lease] = []
     last_seq = 0
     while len(taken) < at_most:
         with sessions() as session:
-            candidate = session.execute(_companions(lease).where(Job.seq > last_seq).limit(1)).one_or_none()
+            companions = _companions(lease).where(quotas.may_run(default_running=max_running), Job.seq > last_seq)
+            candidate = session.execute(companions.limit(1)).one_or_none()
         if candidate is None:
             break
         last_seq = candidate.seq
-        companion = claim(sessions, candidate.id, owner=lease.owner, ttl=ttl)
+        companion = claim(sessions, candidate.id, owner=lease.owner, ttl=ttl, max_running=max_running)
         if companion is not None:  # else somebody was faster
             taken.append(companion)
     return taken

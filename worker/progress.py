@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -31,6 +32,19 @@ _SHOWN = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a run has come to, all attempts together."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def note(self, job: Job) -> None:
+        """Write it into the job, which has more where a lost attempt had come further."""
+        job.run_tokens = max(job.run_tokens, self.tokens)
+        job.run_seconds = max(job.run_seconds, self.seconds)
+
+
 class JobProgress:
     """Records the reports of one training run. Raises ``LeaseLost`` when the job is no longer this worker's."""
 
@@ -40,11 +54,23 @@ class JobProgress:
         self._total_steps = 0
         self._latest: Step | None = None
         self._last_write = -math.inf
+        self._started: float | None = None
+        #: Of the attempts before.
+        self._seconds_before = 0.0
+
+    @property
+    def trained(self) -> Trained:
+        """What the run has come to by now."""
+        return Trained(
+            tokens=self._latest.trained_tokens if self._latest else 0,
+            seconds=0.0 if self._started is None else self._seconds_before + monotonic() - self._started,
+        )
 
     def on_start(self, total_steps: int) -> Job:
         """Record that the first step of this attempt begins; returns the job as it is then."""
         self._total_steps = total_steps
         with writing(self._sessions, self._lease) as (session, job):
+            self._started, self._seconds_before = monotonic(), job.run_seconds
             kept = state_step(session, job.id)
             job.progress = {"step": kept or 0, "total_steps": total_steps}
             add_event(
@@ -64,6 +90,7 @@ class JobProgress:
         self._last_write = monotonic()
         with writing(self._sessions, self._lease) as (session, job):
             _show(job, step)
+            self.trained.note(job)
             if event_due and not _has_step_event(session, job.id, step.step):
                 data = step.model_dump(exclude={"type", "run"})
                 add_metrics_event(session, job.id, step.step, step.total_steps, metrics=data)
@@ -117,6 +144,7 @@ class JobProgress:
                 job.lost_trainers = 0
             if self._latest is not None:
                 _show(job, self._latest)
+                self.trained.note(job)
 
 
 def is_event_due(step: int, *, total_steps: int) -> bool:

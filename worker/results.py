@@ -22,7 +22,7 @@ from worker.failures import Failure
 from worker.lease import Lease, Sessions, rewind, writing
 from worker.measurements import measurements_csv
 from worker.messages import Done
-from worker.progress import make_adapter, result_name
+from worker.progress import Trained, make_adapter, result_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Finished:
 RESULT_FILENAME = "step_metrics.csv"
 
 
-def succeed(sessions: Sessions, lease: Lease, finished: Finished, *, storage: ObjectStore) -> None:
+#: What a run has come to that nobody has followed: no more than its job says.
+NOTHING = Trained()
+
+
+def succeed(
+    sessions: Sessions, lease: Lease, finished: Finished, *, storage: ObjectStore, trained: Trained = NOTHING
+) -> None:
     """Commit the adapter, the result file and "succeeded" in one transaction: none is ever there without the others.
 
     A cancel that was accepted before this commit wins: the user was told that there will be no model.
@@ -50,6 +56,7 @@ def succeed(sessions: Sessions, lease: Lease, finished: Finished, *, storage: Ob
     file_id = new_id("file-")
     try:
         with writing(sessions, lease) as (session, job):
+            trained.note(job)
             if job.cancel_requested:
                 mark_cancelled(session, job)
             else:
@@ -60,38 +67,42 @@ def succeed(sessions: Sessions, lease: Lease, finished: Finished, *, storage: Ob
         raise
 
 
-def fail(sessions: Sessions, lease: Lease, failure: Failure) -> None:
+def fail(sessions: Sessions, lease: Lease, failure: Failure, *, trained: Trained = NOTHING) -> None:
     """Record why there will be no model. Checkpoints and the state stay: each is whole, and may be of use.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     with writing(sessions, lease) as (session, job):
+        trained.note(job)
         mark_failed(session, job, failure)
 
 
-def cancel(sessions: Sessions, lease: Lease) -> None:
+def cancel(sessions: Sessions, lease: Lease, *, trained: Trained = NOTHING) -> None:
     """Record that the training was stopped at the user's request.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     with writing(sessions, lease) as (session, job):
+        trained.note(job)
         mark_cancelled(session, job)
 
 
-def interrupt(sessions: Sessions, lease: Lease, *, alone: bool = False) -> None:
+def interrupt(sessions: Sessions, lease: Lease, *, alone: bool = False, trained: Trained = NOTHING) -> None:
     """Record that the training stopped before its end: for a cancel or a pause, or else to be queued again.
 
     Args:
         sessions: where the job is.
         lease: of the job.
         alone: whether no other job may be trained together with it any more.
+        trained: what the run has come to.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     with writing(sessions, lease) as (session, job):
+        trained.note(job)
         if alone:
             job.cotraining_key = None
         if job.cancel_requested:
@@ -136,6 +147,7 @@ def mark_cancelled(session: Session, job: Job) -> None:
 
 
 def _mark_succeeded(session: Session, job: Job, finished: Finished, verified: Artifact) -> None:
+    Trained(tokens=finished.done.trained_tokens).note(job)
     name = result_name(session, job)
     session.add(make_adapter(job, name, verified, finished.artifact))
     _end(session, job, JobStatus.SUCCEEDED)

@@ -25,7 +25,7 @@ from worker.failures import Failure
 from worker.following import Followers
 from worker.lease import Lease, LeaseLost, Renewal, renew
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Started, State, Step, Stop, Stopped
-from worker.progress import JobProgress, read_stored, remove_stored
+from worker.progress import JobProgress, Trained, read_stored, remove_stored
 from worker.results import Finished
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class TakenOver:
 
 
 Outcome = Finished | Failure | CancelRequested | Interrupted | TakenOver
-#: Writes down how an attempt ended.
-Settle = Callable[[Lease, Outcome], None]
+#: Writes down how an attempt ended, and what its run has come to.
+Settle = Callable[[Lease, Outcome, Trained], None]
 
 
 def supervise(resources: Resources, leases: Sequence[Lease], request: ChildRequest, settle: Settle) -> None:
@@ -264,7 +264,7 @@ class _Watch:
             self._child.send(Stop(stop=number))  # unless it has ended by itself
         else:
             self._child.stop(self._resources.settings.stop_grace)
-        self._settle(run.lease, outcome)
+        self._settle(run.lease, outcome, run.progress.trained)
 
     def _patiently(self, write: Callable[[], T]) -> T:
         return patiently(write, patience=self._resources.settings.lease_ttl)

@@ -13,7 +13,9 @@ from api.engines import repository
 from api.idempotency import repository as answers
 from api.jobs.models import Job, JobStatus
 from api.queue import TaskName
+from api.quotas.repository import may_run
 from api.reports.repository import list_waiting
+from api.usage import repository as usage
 from api.webhooks import repository as webhooks
 from worker import failures
 from worker.context import Resources
@@ -28,16 +30,19 @@ MAX_RINGS = 100
 KEPT_TTLS = 12
 #: How long users can read what came of a delivery.
 DELIVERIES_KEPT = timedelta(days=30)
+#: A process that tries to write a batch again does so every second.
+WRITERS_KEPT = timedelta(days=7)
 
 
 def sweep(held: Resources) -> None:
     """End or pause the jobs that no trainer will, ring for what waits, forget dead engines, old deliveries, old
-    answers and what has expired."""
+    answers, writers of usage and what has expired."""
     _end_abandoned(held)
     _ring_again(held)
     _forget_engines(held)
     _forget_deliveries(held)
     _forget_answers(held)
+    _forget_writers(held)
     remove_expired(held)
 
 
@@ -67,9 +72,12 @@ def _ring_again(held: Resources) -> None:
             TaskName.REPORT: list_waiting(session, age=held.settings.sweep_interval, limit=MAX_RINGS),
             TaskName.TRAIN: _ids(
                 session,
-                or_(
-                    Job.status == JobStatus.QUEUED,
-                    and_(_lost(session), Job.cancel_requested == false(), Job.pause_requested == false()),
+                and_(
+                    or_(
+                        Job.status == JobStatus.QUEUED,
+                        and_(_lost(session), Job.cancel_requested == false(), Job.pause_requested == false()),
+                    ),
+                    may_run(default_running=held.settings.quota_jobs_running),  # the others would be in the way
                 ),
             ),
             TaskName.DELIVER: webhooks.due(session, limit=MAX_RINGS),
@@ -96,6 +104,11 @@ def _forget_deliveries(held: Resources) -> None:
 def _forget_answers(held: Resources) -> None:
     with held.sessions.begin() as session:
         answers.remove_older(session, database_now(session) - answers.KEPT)
+
+
+def _forget_writers(held: Resources) -> None:
+    with held.sessions.begin() as session:
+        usage.forget_writers(session, before=database_now(session) - WRITERS_KEPT)
 
 
 def _stale_validation(held: Resources, session: Session) -> ColumnElement[bool]:

@@ -128,6 +128,8 @@ class Delta(_Event):
     index: int
     text: str
     logprobs: list[TokenLogprob] | None = None
+    #: Of this choice so far; 0 before its first, where a prompt is echoed.
+    completion_tokens: int = 0
 
 
 class Finish(_Event):

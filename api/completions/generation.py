@@ -15,6 +15,7 @@ from api.completions.engine import Delta, Event, Finish, GenerateRequest, Start,
 from api.database import new_id
 from api.engines.client import EngineClient
 from api.errors import ApiError, EngineUnavailable
+from api.usage.ledger import Meter
 
 log = structlog.get_logger(__name__)
 
@@ -64,9 +65,18 @@ class Generation:
     """
 
     def __init__(
-        self, events: AsyncIterator[Event], *, start: Start, dialect: Dialect, model: str, n: int, stack: AsyncExitStack
+        self,
+        events: AsyncIterator[Event],
+        *,
+        start: Start,
+        dialect: Dialect,
+        meter: Meter,
+        model: str,
+        n: int,
+        stack: AsyncExitStack,
     ) -> None:
         self._events = events
+        self._meter = meter
         self._dialect = dialect
         self._n = n
         self._stack = stack
@@ -82,8 +92,10 @@ class Generation:
         }
 
     @classmethod
-    async def begin(cls, engine: EngineClient, request: GenerateRequest, *, dialect: Dialect, model: str) -> Generation:
-        """Send the request and wait until the engine has accepted the prompts."""
+    async def begin(
+        cls, engine: EngineClient, request: GenerateRequest, *, dialect: Dialect, meter: Meter, model: str
+    ) -> Generation:
+        """Send the request and wait until the engine has accepted the prompts; ``meter`` counts from then on."""
         stack = AsyncExitStack()
         try:
             events = await stack.enter_async_context(generate(engine, request))
@@ -93,7 +105,8 @@ class Generation:
         except BaseException:
             await stack.aclose()
             raise
-        return cls(events, start=start, dialect=dialect, model=model, n=request.choices, stack=stack)
+        meter.begin(sum(start.prompt_tokens))
+        return cls(events, start=start, dialect=dialect, meter=meter, model=model, n=request.choices, stack=stack)
 
     async def close(self) -> None:
         """Close the connection to the engine."""
@@ -147,6 +160,7 @@ class Generation:
         async for event in self._events:
             if isinstance(event, Start) or event.index not in unfinished:
                 raise EngineUnavailable("The engine's answer could not be read.", code="engine_protocol")
+            self._meter.count(event.index, event.completion_tokens)
             if isinstance(event, Finish):
                 unfinished.remove(event.index)
             yield event

@@ -26,8 +26,8 @@ _UPLOAD_BODY = multipart_body("purpose", purpose={"type": "string", "enum": [pur
 
 
 @router.post("", openapi_extra=_UPLOAD_BODY)
-def create_file(caller: CallerDep, work: WorkDep, resources: ResourcesDep, upload: UploadDep) -> FileObject:
-    """Upload a file."""
+def create_file(caller: CallerDep, upload: UploadDep, work: WorkDep, resources: ResourcesDep) -> FileObject:
+    """Upload a file. It is received, or refused, before the work, which would read it too."""
     file = service.create(
         work,
         caller,

@@ -18,6 +18,7 @@ from api.files.schemas import Purpose
 from api.files.upload import Upload
 from api.jobs.repository import JobRepository
 from api.pagination import Page, PageQuery
+from api.quotas import service as quotas
 from api.reports import service as reports
 from api.storage import ObjectStore, StoredObject
 from api.unit_of_work import UnitOfWork
@@ -42,14 +43,17 @@ def create(work: UnitOfWork, caller: Caller, *, upload: Upload, storage: ObjectS
 
     Raises:
         TooLarge: the content has more than ``max_bytes``.
+        StorageQuotaExceeded: the project may not have as much.
     """
     file_id = new_file_id()
     stored = storage.write(file_id, upload.source, max_bytes=max_bytes)
     work.on_rollback(partial(storage.delete, file_id))
+    content = check_content(file_id, stored, purpose=upload.form.purpose, storage=storage)
+    quotas.check_bytes(work.session, caller, added=stored.bytes)
     return add(
         work,
         caller,
-        content=check_content(file_id, stored, purpose=upload.form.purpose, storage=storage),
+        content=content,
         filename=upload.filename,
         purpose=upload.form.purpose,
         seconds=upload.form.expires_after.seconds if upload.form.expires_after else None,

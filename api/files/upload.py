@@ -12,10 +12,10 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from api.auth import CallerDep
 from api.errors import InvalidRequest
 from api.files.schemas import FileCreate
 from api.handlers import explain
+from api.quotas.dependencies import RoomDep
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -33,7 +33,7 @@ class Upload:
     form: FileCreate
 
 
-async def receive_upload(request: Request, _caller: CallerDep) -> AsyncIterator[Upload]:
+async def receive_upload(request: Request, _room: RoomDep) -> AsyncIterator[Upload]:
     """Parse the body, which is spooled to a temporary file that ends with the request.
 
     Raises:

@@ -6,15 +6,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from api.database import insert_into
 from api.idempotency.models import IdempotencyRecord
 
 #: How long an answer is kept for its ``Idempotency-Key``.
 KEPT = timedelta(hours=24)
-
-_INSERTS: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
 
 def limit_waiting(session: Session, *, milliseconds: int) -> None:
@@ -25,9 +23,7 @@ def limit_waiting(session: Session, *, milliseconds: int) -> None:
 
 def insert(session: Session, *, digest: str, fingerprint: str, at: datetime) -> bool:
     """Insert a record; False if there is one. While another transaction inserts the same, wait for its end."""
-    statement = _INSERTS[session.get_bind().dialect.name](IdempotencyRecord).values(
-        digest=digest, fingerprint=fingerprint, created_at=at
-    )
+    statement = insert_into(session, IdempotencyRecord).values(digest=digest, fingerprint=fingerprint, created_at=at)
     unless_there = statement.on_conflict_do_nothing(index_elements=["digest"]).returning(IdempotencyRecord.seq)
     return session.scalar(unless_there) is not None
 

@@ -56,6 +56,8 @@ class Job(Base, Listed):
     )
 
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    #: The API key that it was made with; None for jobs of earlier releases.
+    key_id: Mapped[str | None]
     status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES)
     #: What the client named: a base model, or a fine-tuned one to start from.
     model: Mapped[str]
@@ -90,6 +92,12 @@ class Job(Base, Listed):
     #: {"code", "message", "param"} when failed.
     error: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    #: What its run has come to, whatever became of it: tokens, without those of steps that were made again, and
+    #: seconds of all attempts. What of it is in the usage ledger.
+    run_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    run_seconds: Mapped[float] = mapped_column(default=0.0)
+    counted_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    counted_seconds: Mapped[float] = mapped_column(default=0.0)
     fine_tuned_model: Mapped[str | None]
     #: Ids of files with the job's measurements.
     result_files: Mapped[list[str]] = mapped_column(JsonColumn, default=list)

@@ -22,6 +22,7 @@ from api.jobs.repository import (
     withdraw_pause,
 )
 from api.queue import TaskName
+from api.quotas import service as quotas
 from api.unit_of_work import UnitOfWork
 
 #: A job moves at most twice while a client's request is carried out; more rounds mean a fault.
@@ -94,12 +95,13 @@ def try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
     status = JobStatus(job.status)
     match status:
         case JobStatus.PAUSED:
-            return _queue_again(work, job, source=status)
+            return _queue_again(work, caller, job, source=status)
         case JobStatus.FAILED:
             _check_can_go_on(work.session, caller, job)
             # By itself: what it failed of, say want of memory, must not reach others.
             return _queue_again(
                 work,
+                caller,
                 job,
                 source=status,
                 error=None,
@@ -128,7 +130,8 @@ def try_resume(work: UnitOfWork, caller: Caller, job: Job) -> bool:
             assert_never(status)
 
 
-def _queue_again(work: UnitOfWork, job: Job, *, source: JobStatus, **values: Any) -> bool:
+def _queue_again(work: UnitOfWork, caller: Caller, job: Job, *, source: JobStatus, **values: Any) -> bool:
+    quotas.check_jobs(work.session, caller)
     moved = move_job(work.session, job.id, source=source, target=JobStatus.QUEUED, pause_requested=False, **values)
     if moved:
         add_event(work.session, job.id, message="Resumed, moving job to queued state")

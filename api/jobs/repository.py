@@ -14,6 +14,7 @@ from api.errors import CheckpointNotFound, JobNotFound
 from api.jobs.models import ENDED, MOVES, Checkpoint, Job, JobEvent, JobStatus, TrainingState
 from api.pagination import Page, PageQuery, page_key, paginate
 from api.repository import Repository
+from api.usage import repository as usage
 from api.webhooks import repository as webhooks
 
 
@@ -149,7 +150,7 @@ def places(session: Session, seqs: Collection[int]) -> dict[int, int]:
 def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobStatus, **values: Any) -> bool:
     """Move a job, only if it still has the status ``source``, and set ``values`` with it.
 
-    Nothing else ends a job: who is to be told of an end is written here, with it.
+    Nothing else ends a job: who is to be told of an end, and what it has used, is written here, with it.
 
     Returns:
         False if the row had another status, or is gone; then nothing was changed.
@@ -164,6 +165,7 @@ def move_job(session: Session, job_id: str, *, source: JobStatus, target: JobSta
         return False
     if target in ENDED:
         webhooks.record_end(session, job_id, target)
+        usage.add_training(session, job_id)
     return True
 
 

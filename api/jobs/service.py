@@ -32,6 +32,7 @@ from api.models.models import Adapter
 from api.models.repository import AdapterRepository
 from api.pagination import Page, PageQuery
 from api.queue import TaskName
+from api.quotas import service as quotas
 from api.settings import Settings
 from api.unit_of_work import UnitOfWork
 from api.webhooks import service as webhooks
@@ -65,9 +66,12 @@ def create(
 ) -> Job:
     """Insert the job, for a sweep or as one that was made of another if these are named, and ring for its validation.
 
-    Raises: as `plan`.
+    Raises:
+        JobQuotaExceeded: the project may not have more jobs in the queue.
+        ApiError: as `plan`.
     """
     job = plan(work.session, caller, body=body, settings=settings)
+    quotas.check_jobs(work.session, caller)
     job.sweep_id = sweep_id
     job.origin_job = origin.id if origin else None
     JobRepository(work.session, caller.project_id).add(job)
@@ -228,6 +232,7 @@ def resume(work: UnitOfWork, caller: Caller, job_id: str) -> Job:
         JobNotFound: there is none in the project.
         JobNotResumable: it is not paused, and has not failed with a state to go on from.
         FileNotFound: a file that it needs was deleted since it failed.
+        JobQuotaExceeded: the project may not have more jobs in the queue.
     """
     job = JobRepository(work.session, caller.project_id).get(job_id)
     return moving.until_done(work.session, job, lambda: moving.try_resume(work, caller, job))
@@ -331,6 +336,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
     return Job(
         id=new_id("ftjob-"),
         project_id=caller.project_id,
+        key_id=caller.key_id,
         status=JobStatus.VALIDATING_FILES,
         model=body.model,
         base_model=start.base_model,

@@ -17,6 +17,7 @@ from api.models.repository import AdapterRepository
 from api.models.schemas import Model
 from api.models.service import model_name
 from api.models.upload import AdapterUpload
+from api.quotas import service as quotas
 from api.settings import Settings
 from api.unit_of_work import UnitOfWork
 
@@ -33,6 +34,7 @@ async def import_adapter(
     Raises:
         ModelNotFound: no such base model.
         TooLarge: it is too large.
+        StorageQuotaExceeded: the project may not have as much.
         InvalidRequest: it is none, or does not belong to the base model.
         NoEngine: no engine serves the base model, which has the last word.
     """
@@ -60,7 +62,7 @@ async def import_adapter(
         artifact=content,
         created_at=now(),
     )
-    await run_in_threadpool(_store, work, row)
+    await run_in_threadpool(_store, work, caller, row)
     return Model.of(row, owner=caller.project_slug)
 
 
@@ -108,6 +110,7 @@ def _verify(content: bytes) -> Artifact:
         ) from error
 
 
-def _store(work: UnitOfWork, row: Adapter) -> None:
+def _store(work: UnitOfWork, caller: Caller, row: Adapter) -> None:
     """The first use of the session, which holds a connection: what takes long comes before."""
+    quotas.check_bytes(work.session, caller, added=len(row.artifact))
     AdapterRepository(work.session, row.project_id).add(row)

@@ -9,9 +9,9 @@ from typing import Annotated, BinaryIO, Literal
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.auth import CallerDep
 from api.files.upload import parse_fields, receive_file
 from api.jobs.schemas import Suffix
+from api.quotas.dependencies import RoomDep
 
 
 class AdapterForm(BaseModel):
@@ -33,7 +33,7 @@ class AdapterUpload:
     form: AdapterForm
 
 
-async def receive_adapter(request: Request, _caller: CallerDep) -> AsyncIterator[AdapterUpload]:
+async def receive_adapter(request: Request, _room: RoomDep) -> AsyncIterator[AdapterUpload]:
     """Parse the body, which is spooled to a temporary file that ends with the request.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import ForeignKey
+from sqlalchemy import BigInteger, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.database import Base, Listed
@@ -19,6 +19,12 @@ class Project(Base, Listed):
     slug: Mapped[str] = mapped_column(unique=True)
     #: The keys of an archived project are refused.
     archived_at: Mapped[datetime | None]
+    #: Quotas (``api.quotas``): 0 is no limit, None what the settings say.
+    jobs_running: Mapped[int | None] = mapped_column(BigInteger)
+    jobs_queued: Mapped[int | None] = mapped_column(BigInteger)
+    bytes_stored: Mapped[int | None] = mapped_column(BigInteger)
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class ApiKey(Base, Listed):

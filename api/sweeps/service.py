@@ -12,6 +12,7 @@ from api.database import new_id
 from api.errors import InvalidRequest
 from api.jobs import service as jobs
 from api.jobs.schemas import MAX_SEED, MAX_SUFFIX, JobCreate
+from api.quotas import service as quotas
 from api.settings import Settings
 from api.sweeps.repository import SweepRepository
 from api.sweeps.schemas import Sweep, SweepCreate
@@ -24,13 +25,16 @@ def create(work: UnitOfWork, caller: Caller, *, body: SweepCreate, settings: Set
     Raises:
         ModelNotFound: neither a base model nor one of the project's.
         FileNotFound: a file that is not in the project.
+        JobQuotaExceeded: the project may not have as many more jobs in the queue.
         InvalidRequest: what no job could be made of, or values that are given for all jobs and for each.
     """
     _check(body)
     sweep_id = new_id("ftsweep-")
     if body.seed is None:  # losses of other seeds would say little of learning rates
         body = body.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
-    for seed, learning_rate in body.sweep.combinations():
+    combinations = list(body.sweep.combinations())
+    quotas.check_jobs(work.session, caller, added=len(combinations))
+    for seed, learning_rate in combinations:
         one = _job_body(body, seed=seed, learning_rate=learning_rate)
         jobs.create(work, caller, body=one, settings=settings, sweep_id=sweep_id)
     return get(work.session, caller, sweep_id)

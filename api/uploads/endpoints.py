@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from api.auth import CallerDep
 from api.dependencies import ResourcesDep, SessionDep, WorkDep
 from api.files.upload import multipart_body, receive_file
+from api.quotas.dependencies import RoomDep
 from api.routing import Router
 from api.uploads import service
 from api.uploads.schemas import UploadComplete, UploadCreate, UploadObject, UploadPartObject
@@ -17,7 +18,7 @@ from api.uploads.schemas import UploadComplete, UploadCreate, UploadObject, Uplo
 router = Router(prefix="/uploads", tags=["files"])
 
 
-def check_pending(upload_id: str, caller: CallerDep, resources: ResourcesDep) -> None:
+def check_pending(upload_id: str, caller: CallerDep, resources: ResourcesDep, _room: RoomDep) -> None:
     """Refuse a part before its bytes are read, where that can be known."""
     with resources.read_sessions() as session:
         service.get_pending(session, caller, upload_id)

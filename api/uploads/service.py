@@ -20,6 +20,7 @@ from api.files.models import File
 from api.files.repository import FileRepository
 from api.files.service import StoredContent
 from api.files.upload import safe_name
+from api.quotas import service as quotas
 from api.storage import ObjectStore
 from api.unit_of_work import UnitOfWork
 from api.uploads.models import Upload, UploadPart, UploadStatus
@@ -43,9 +44,11 @@ def create(session: Session, caller: Caller, *, body: UploadCreate, max_bytes: i
 
     Raises:
         TooLarge: it would have more than ``max_bytes``.
+        StorageQuotaExceeded: the project may not have as much. Nothing is kept for it: its parts are checked again.
     """
     if body.bytes > max_bytes:
         raise TooLarge(f"Found {body.bytes} bytes; expected at most {max_bytes}. Split the file.", param="bytes")
+    quotas.check_bytes(session, caller, added=body.bytes)
     moment = now()
     return UploadRepository(session, caller.project_id).add(
         Upload(
@@ -84,6 +87,7 @@ def add_part(
         UploadNotFound: there is no such upload in the project.
         UploadNotPending: it takes no parts any more.
         TooLarge: the part has more than ``max_bytes``.
+        StorageQuotaExceeded: the project may not have as much.
         InvalidRequest: it is empty, or one too many for the announced bytes.
     """
     part_id = new_id("part_")
@@ -99,6 +103,7 @@ def add_part(
             "all, as was announced, and no empty part.",
             param="data",
         )
+    quotas.check_bytes(work.session, caller, added=stored.bytes)
     part = UploadPart(id=part_id, upload_id=upload.id, bytes=stored.bytes, storage_key=part_id, created_at=now())
     work.session.add(part)
     work.session.flush()

@@ -122,6 +122,7 @@ def ids(service: Service) -> dict[str, str]:
             "{project_id}": service.tenant.project_id,
             "{key_id}": new_api_key(session, service.tenant.project_id, name="private", scopes=[Scope.READ])[0].id,
             "{permission_id}": add_permission(session, service, model.id),
+            "{rate_limit_id}": "rl-all-models",
             "{endpoint_id}": add_endpoint(session, service),
             # Of which a part is missing where one is to be added, and none where it is to be completed.
             "{upload_id}": add_upload(session, service, size=11),
@@ -188,6 +189,10 @@ def body_of(route: Route, service: Service) -> dict[str, Any] | None:
     if route.method == "POST" and route.path.endswith("/permissions"):
         with service.sessions.begin() as session:
             return {"project_ids": [make_tenant(session, "Guest").project_id]}
+    if route.method == "POST" and route.path.endswith("/quotas"):
+        return {"jobs_queued": 1000}
+    if route.method == "POST" and route.path.endswith("/{rate_limit_id}"):
+        return {"max_requests_per_1_minute": 1000}
     if route.method == "POST" and route.path.startswith("/v1/organization/") and not route.path.endswith("/rotate"):
         return {"name": "another name"}
     return {"event_type": EventType.FAILED} if route.path.endswith("/test") else None

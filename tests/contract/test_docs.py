@@ -1,4 +1,4 @@
-"""The scripts of docs/webhooks.md are run as they stand."""
+"""The scripts of docs/webhooks.md and docs/usage.md are run as they stand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
 
 from tests.api.support import ROOT, Service, wait_until
 
-MAKE, RECEIVE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "webhooks.md").read_text(), flags=re.DOTALL)
+
+def scripts_of(page: str) -> list[str]:
+    """What is marked as Python in it."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+
+
+MAKE, RECEIVE = scripts_of("webhooks.md")
+USAGE, RATE_LIMITS = scripts_of("usage.md")
 
 
 def free_port() -> int:
@@ -56,6 +64,23 @@ def test_the_receiver_takes_what_the_endpoint_is_sent(
             receiver.terminate()
             receiver.wait(timeout=10)
     assert "fine_tuning.job.succeeded ftjob-sample\n" in (tmp_path / "said").read_text()
+
+
+def test_usage_is_read_and_quotas_are_changed(
+    service: Service, client: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{service.url}/v1")
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, service.tenant.key)
+    client.completions.create(model="tiny", prompt="x")
+    wait_until(lambda: client.get("/usage", cast_to=httpx.Response).json()["data"][-1]["results"] != [])
+    names: dict[str, Any] = {}
+    exec(USAGE, names)  # noqa: S102 - the page's own script
+    assert capsys.readouterr().out.split()[1:] == ["tiny", "1", "7", "2"]
+    exec(RATE_LIMITS, names)  # noqa: S102 - the page's own script
+    assert capsys.readouterr().out.split() == ["rl-all-models", "0", "0"]
+    found = next(iter(names["limits"].list_rate_limits(service.tenant.project_id)))
+    assert (found.max_requests_per_1_minute, found.max_tokens_per_1_minute) == (600, 0)
 
 
 def status_of(client: OpenAI, endpoint_id: str) -> int | None:

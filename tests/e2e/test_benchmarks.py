@@ -89,3 +89,8 @@ def test_the_api_beside_a_constant_answer() -> None:
     result = smoke("api")  # which fails if any answer is another than it should be
     for name in ("poll_vs_constant", "poll304_vs_constant", "poll_p99_ms_under_load", "growth_100_to_10000"):
         assert result[name] > 0
+
+
+def test_usage_costs_less_together() -> None:
+    for measured in smoke("usage").values():
+        assert measured["batch_ms_8"] < 64 * measured["own_transaction_median_ms_8"]

@@ -287,7 +287,8 @@ def _lines_of(index: int, item: Delta) -> bytes:
     lines = b""
     if item.text or item.logprobs:
         logprobs = [_logprob(token) for token in item.logprobs] or None
-        lines += _line(DeltaLine(index=index, text=item.text, logprobs=logprobs))
+        tokens = item.completion_tokens
+        lines += _line(DeltaLine(index=index, text=item.text, logprobs=logprobs, completion_tokens=tokens))
     if item.finish_reason:
         finish = Finish(index=index, finish_reason=item.finish_reason, completion_tokens=item.completion_tokens)
         lines += _line(finish)

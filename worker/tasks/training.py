@@ -13,6 +13,8 @@ from typing import assert_never
 from sqlalchemy.exc import OperationalError
 
 from api.files.repository import FileRepository
+from api.queue import TaskName
+from api.quotas import repository as quotas
 from uora.spec import TrainingSpec
 from worker import failures, results
 from worker.context import Resources, resources
@@ -20,7 +22,8 @@ from worker.delivering import ring
 from worker.failures import Failure
 from worker.lease import Lease, LeaseLost, claim, claim_companions, writing
 from worker.messages import ChildRequest, Run
-from worker.results import Finished
+from worker.progress import Trained
+from worker.results import NOTHING, Finished
 from worker.starting import load_state, load_warm_start
 from worker.supervisor import CancelRequested, Interrupted, Outcome, Settle, TakenOver, patiently, supervise
 
@@ -37,33 +40,42 @@ def train(held: Resources, job_id: str) -> None:
     settings = held.settings
     if held.stopping.is_set():
         return
-    lease = claim(held.sessions, job_id, owner=held.owner, ttl=settings.lease_ttl, max_attempts=settings.max_attempts)
+    lease = claim(
+        held.sessions,
+        job_id,
+        owner=held.owner,
+        ttl=settings.lease_ttl,
+        max_attempts=settings.max_attempts,
+        max_running=settings.quota_jobs_running,
+    )
     if lease is None:
         return
     try:
         at_most = settings.cotrain_jobs - 1 if settings.training_processes == 1 else 0
-        others = claim_companions(held.sessions, lease, at_most=at_most, ttl=settings.lease_ttl)
+        others = claim_companions(
+            held.sessions, lease, at_most=at_most, ttl=settings.lease_ttl, max_running=settings.quota_jobs_running
+        )
         _train(held, [lease, *others])
     finally:
         if settings.spare_trainer:
             held.spare.refill()
 
 
-def record(held: Resources, lease: Lease, outcome: Outcome) -> None:
-    """Write down how an attempt ended.
+def record(held: Resources, lease: Lease, outcome: Outcome, trained: Trained = NOTHING) -> None:
+    """Write down how an attempt ended, and what its run has come to.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     match outcome:
         case Finished():
-            results.succeed(held.sessions, lease, outcome, storage=held.storage)
+            results.succeed(held.sessions, lease, outcome, storage=held.storage, trained=trained)
         case Failure():
-            results.fail(held.sessions, lease, outcome)
+            results.fail(held.sessions, lease, outcome, trained=trained)
         case CancelRequested():
-            results.cancel(held.sessions, lease)
+            results.cancel(held.sessions, lease, trained=trained)
         case Interrupted():
-            results.interrupt(held.sessions, lease, alone=outcome.alone)
+            results.interrupt(held.sessions, lease, alone=outcome.alone, trained=trained)
         case TakenOver():
             pass
         case _:
@@ -75,9 +87,9 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
     """Train the jobs in one process, and settle each, unless the database is gone."""
     unsettled = list(leases)
 
-    def settle(lease: Lease, outcome: Outcome) -> None:
+    def settle(lease: Lease, outcome: Outcome, trained: Trained = NOTHING) -> None:
         unsettled.remove(lease)
-        _settle(held, lease, outcome)
+        _settle(held, lease, outcome, trained)
 
     try:
         with ExitStack() as stack:
@@ -93,21 +105,34 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
             settle(lease, failures.describe(error))
 
 
-def _settle(held: Resources, lease: Lease, outcome: Outcome) -> None:
+def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -> None:
     def write() -> None:
         try:
-            record(held, lease, outcome)
+            record(held, lease, outcome, trained)
         except (LeaseLost, OperationalError):
             raise
         except Exception as error:  # a result that cannot be stored will not be storable after another training
             logger.exception("job %s: its result cannot be stored", lease.job_id)
-            record(held, lease, failures.describe(error))
+            record(held, lease, failures.describe(error), trained)
 
     try:
         patiently(write, patience=held.settings.lease_ttl)
         ring(held, lease.job_id)
+        _ring_next(held, lease.project_id)
     except LeaseLost as lost:
         logger.warning("%s", lost)
+
+
+def _ring_next(held: Resources, project_id: str) -> None:
+    """For a job that waited since its project had as many running as it may; else the sweeper would, a little later."""
+    try:
+        with held.sessions() as session:
+            default = held.settings.quota_jobs_running
+            waiting = quotas.jobs_to_ring(session, project_id, default_running=default, limit=1)
+        for job_id in waiting:
+            held.queue.send(TaskName.TRAIN, job_id)
+    except Exception:  # the job's end is recorded, and must not seem otherwise
+        logger.warning("project %s: its next job waits for the sweeper", project_id, exc_info=True)
 
 
 @dataclass(frozen=True)
@@ -126,10 +151,10 @@ def _prepare(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack, se
     except OperationalError:
         raise
     except LeaseLost:
-        settle(lease, TakenOver())
+        settle(lease, TakenOver(), NOTHING)
     except Exception as error:
         logger.exception("job %s: its run cannot be prepared", lease.job_id)
-        settle(lease, failures.describe(error))
+        settle(lease, failures.describe(error), NOTHING)
     return None
 
 
