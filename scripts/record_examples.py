@@ -174,6 +174,18 @@ client.fine_tuning.checkpoints.permissions.list(model.id)
 
 client.fine_tuning.checkpoints.permissions.delete(permission.id, fine_tuned_model_checkpoint=model.id)
 
+client.get(f"/organization/projects/{project.id}/quotas", cast_to=object)
+
+client.post(
+    f"/organization/projects/{project.id}/quotas", cast_to=object, body={"jobs_running": 2, "bytes_stored": 10_000_000_000}
+)
+
+client.admin.organization.projects.rate_limits.list_rate_limits(project.id)
+
+client.admin.organization.projects.rate_limits.update_rate_limit(
+    "rl-all-models", project_id=project.id, max_requests_per_1_minute=600
+)
+
 client.admin.organization.projects.archive(project.id)
 
 admin_key = client.admin.organization.admin_api_keys.create(name="nightly audit")
@@ -227,6 +239,14 @@ client.post(
 )
 
 client.files.delete(labels.id)
+
+client.admin.organization.usage.completions(start_time=today, bucket_width="1d", group_by=["model"])
+
+client.get("/usage", cast_to=object, options={"params": {"bucket_width": "1d", "group_by[]": "operation", "limit": 1}})
+
+client.get("/usage.csv", cast_to=str, options={"params": {"bucket_width": "1d"}})
+
+client.get("/usage/quotas", cast_to=object)
 
 client.get(f"{service}/healthz", cast_to=object)
 
@@ -305,6 +325,7 @@ def record(
         "more": (folder / "train.jsonl").read_bytes(),
         "service": service,
         "receiver": f"{service}/healthz",
+        "today": int(time.time()) // 86_400 * 86_400,
         "wait_for": wait_for,
         "FineTuningJob": FineTuningJob,
         "Model": Model,
