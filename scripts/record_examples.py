@@ -177,7 +177,9 @@ client.fine_tuning.checkpoints.permissions.delete(permission.id, fine_tuned_mode
 client.get(f"/organization/projects/{project.id}/quotas", cast_to=object)
 
 client.post(
-    f"/organization/projects/{project.id}/quotas", cast_to=object, body={"jobs_running": 2, "bytes_stored": 10_000_000_000}
+    f"/organization/projects/{project.id}/quotas",
+    cast_to=object,
+    body={"jobs_running": 2, "bytes_stored": 10_000_000_000},
 )
 
 client.admin.organization.projects.rate_limits.list_rate_limits(project.id)
