@@ -76,7 +76,9 @@ def archive(ctx: typer.Context, project: ProjectId) -> None:
 @app.command()
 def audit(
     ctx: typer.Context,
-    event: Annotated[list[str] | None, typer.Option(help="Only this, such as api_key.created; may be repeated.")] = None,
+    event: Annotated[
+        list[str] | None, typer.Option(help="Only this, such as api_key.created; may be repeated.")
+    ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Only what this key did; may be repeated.")] = None,
     project: Annotated[list[str] | None, typer.Option(help="Only of this project; may be repeated.")] = None,
     since: Annotated[datetime | None, typer.Option(help="Only from then on, by your clock.")] = None,

@@ -88,9 +88,7 @@ def rotate(
 
 
 @app.command()
-def revoke(
-    ctx: typer.Context, key: KeyId, project: Project = None, organization: Organization = False
-) -> None:
+def revoke(ctx: typer.Context, key: KeyId, project: Project = None, organization: Organization = False) -> None:
     """Refuse a key from now on."""
     client = connect(ctx)
     admin = client.admin.organization
