@@ -24,7 +24,7 @@ from cli.output import (
     say,
     when,
 )
-from cli.requests import assign, job_request, number_or_auto, with_uploaded_files
+from cli.requests import assign, job_request, number_or_auto, parse_pairs, with_uploaded_files
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -176,8 +176,10 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    labels = job_request_labels(metadata or [])
-    jobs = connect(ctx).fine_tuning.jobs.list(limit=min(limit, 100), extra_query=labels)
+    labels = parse_pairs(metadata or (), option="--metadata")
+    # As a mapping the client would leave out what has no value, and so list more.
+    query = {f"metadata[{key}]": value for key, value in labels.items()}
+    jobs = connect(ctx).fine_tuning.jobs.list(limit=min(limit, 100), extra_query=query)
     print_list(as_dicts(jobs, limit), _COLUMNS, as_json=as_json)
 
 
@@ -319,7 +321,7 @@ def compare(
 
 def _print_comparison(found: Json) -> None:
     """A column for each job: what came of it, and below that what was asked for."""
-    jobs: list[Json] = found["data"]
+    jobs: list[Json] = found["jobs"]
     table = Table("", *(job["id"] for job in jobs), box=box.SIMPLE_HEAD)
     outcomes = dict.fromkeys(name for job in jobs for name in job if name not in ("id", "object"))
     for name in outcomes:
@@ -328,23 +330,6 @@ def _print_comparison(found: Json) -> None:
     for name, values in found["differences"].items():
         table.add_row(name, *(_cell(values.get(job["id"])) for job in jobs))
     console().print(table)
-
-
-def job_request_labels(pairs: list[str]) -> Json:
-    """``metadata[k]=v`` of a query."""
-    labels: Json = job_request(
-        model="",
-        training_file="",
-        validation_file=None,
-        suffix=None,
-        seed=None,
-        task=None,
-        hyperparameters={},
-        peft={},
-        metadata=pairs,
-        settings=(),
-    ).get("metadata", {})
-    return {f"metadata[{key}]": value for key, value in labels.items()}
 
 
 def _hyperparameters(epochs: str | None, batch_size: str | None, multiplier: str | None) -> Json:

@@ -45,7 +45,7 @@ def job_request(
         "seed": seed,
         "task": task,
         "peft": _given(peft),
-        "metadata": dict(_split(pair, option="--metadata") for pair in metadata),
+        "metadata": parse_pairs(metadata, option="--metadata"),
     }
     body = {name: value for name, value in body.items() if value not in (None, {})}
     if _given(hyperparameters):
@@ -83,6 +83,15 @@ def with_uploaded_files(client: OpenAI, body: Json) -> Json:
             say(f"{given} is {uploaded[given]}")
         body[name] = uploaded[given]
     return body
+
+
+def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:
+    """``KEY=VALUE`` of an option that may be repeated.
+
+    Raises:
+        CliError: one has no key, or no ``=``.
+    """
+    return dict(_split(pair, option=option) for pair in pairs)
 
 
 def number_or_auto(value: str | None) -> Any:

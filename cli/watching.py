@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
-#: How long the service lets a request wait for the job to change. An event that comes without a change of its job, as few
-#: do, is seen after that time.
+#: How long the service lets a request wait for the job to change. An event that comes without a change of its job, as
+#: few do, is seen after that time.
 WAIT_SECONDS = 5.0
 #: A service that says nothing for so long after that is taken as gone.
 SILENCE_SECONDS = 15.0
