@@ -90,5 +90,5 @@ def audit(
     if since is not None:
         query["effective_at"] = {"gte": int(since.timestamp())}
     given = {name: value for name, value in query.items() if value}
-    found = connect(ctx).admin.organization.audit_logs.list(limit=min(limit, 100), **given)
+    found = connect(ctx).admin.organization.audit_logs.list(limit=limit, **given)
     print_list(as_dicts(found, limit), _ENTRIES, as_json=as_json)

@@ -80,7 +80,7 @@ def list_files(
 ) -> None:
     """List files, newest first."""
     query: Any = {} if purpose is None else {"purpose": purpose}
-    files = as_dicts(connect(ctx).files.list(limit=min(limit, 10_000), **query), limit)
+    files = as_dicts(connect(ctx).files.list(limit=limit, **query), limit)
     print_list(files, _COLUMNS, as_json=as_json)
 
 

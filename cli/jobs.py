@@ -179,7 +179,7 @@ def list_jobs(
     labels = parse_pairs(metadata or (), option="--metadata")
     # As a mapping the client would leave out what has no value, and so list more.
     query = {f"metadata[{key}]": value for key, value in labels.items()}
-    jobs = connect(ctx).fine_tuning.jobs.list(limit=min(limit, 100), extra_query=query)
+    jobs = connect(ctx).fine_tuning.jobs.list(limit=limit, extra_query=query)
     print_list(as_dicts(jobs, limit), _COLUMNS, as_json=as_json)
 
 
@@ -283,14 +283,14 @@ def delete(
 @app.command()
 def events(ctx: typer.Context, job: JobId, limit: Limit = 20, as_json: AsJson = False) -> None:
     """List the last events of a job, newest first."""
-    found = connect(ctx).fine_tuning.jobs.list_events(job, limit=min(limit, 100))
+    found = connect(ctx).fine_tuning.jobs.list_events(job, limit=limit)
     print_list(as_dicts(found, limit), _EVENTS, as_json=as_json)
 
 
 @app.command()
 def checkpoints(ctx: typer.Context, job: JobId, limit: Limit = 100, as_json: AsJson = False) -> None:
     """List a job's checkpoints, newest first."""
-    found = connect(ctx).fine_tuning.jobs.checkpoints.list(job, limit=min(limit, 100))
+    found = connect(ctx).fine_tuning.jobs.checkpoints.list(job, limit=limit)
     print_list(as_dicts(found, limit), _CHECKPOINTS, as_json=as_json)
 
 
