@@ -83,7 +83,7 @@ def test_another_server_is_not_taken_for_the_service(bare: Run, config: Path) ->
 
 def test_a_key_that_may_not_read_can_log_in(bare: Run, service: Service) -> None:
     with service.sessions.begin() as session:
-        project = session.get_one(Project, service.tenant.project_id)
+        project = session.query(Project).filter_by(id=service.tenant.project_id).one()
         key = create_api_key(session, project, name="keys only", scopes=[Scope.ADMIN])
     assert bare("login", "--base-url", service.url, "--api-key", key).exit_code == 0
     refused = bare("jobs", "list")
