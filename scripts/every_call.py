@@ -1,6 +1,6 @@
 """Every call of the official client that a fine-tuning service has to answer, against a running one.
 
-``python -m scripts.every_call http://127.0.0.1:8000/v1 sk-uora-...`` with an organization-wide key, such as the one that
+``python -m scripts.every_call http://127.0.0.1:8000/v1 sk-uora-...`` with an organization-wide key, as the one that
 the first start prints. The client's own classes say which calls there are: one that this script does not make is a
 failure too. It prints a line for each call, and ends with 1 if any failed. What it makes, it deletes.
 """

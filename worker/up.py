@@ -49,6 +49,10 @@ The service is ready on {url}. Your key, shown only now:
 
     {key}
 
+On the command line:
+
+    uora login --base-url {url} --api-key {key}
+
 With the openai client:
 
     from openai import OpenAI
