@@ -6,7 +6,7 @@ import re
 import shlex
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ class Reader:
     """Somebody who types the page's commands one after the other."""
 
     client: openai.OpenAI
+    administrator: openai.OpenAI
     variables: dict[str, str]
     finished: str  # a job that succeeded
     long: str  # a job that goes on until it is cancelled
-    said: list[str] = field(default_factory=list)
 
     def type(self, line: str) -> None:
         """Run a line; its command must succeed."""
@@ -56,37 +56,33 @@ class Reader:
         text = shlex.split(first)[1] if first else None
         arguments = shlex.split(string.Template(piped).substitute(self._variables(piped)))
         assert arguments[0] == "uora"
-        done = CliRunner().invoke(app, arguments[1:], input=text)
+        # Projects are made by somebody who administers all of them.
+        env = {"UORA_API_KEY": self.administrator.api_key} if line.startswith("uora admin projects") else {}
+        done = CliRunner().invoke(app, arguments[1:], input=text, env=env)
         assert done.exit_code == 0, f"{line}\n{done.output}"
-        self.said.append(done.stdout)
-        self._remember(arguments, done.stdout, done.stderr)
+        if arguments[1:3] == ["files", "upload"]:
+            self.variables["FILE"] = done.stdout.strip()
+        if arguments[1:3] == ["files", "delete"]:
+            self.variables["FILE"] = upload(self.client, ROWS)
 
     def _variables(self, line: str) -> dict[str, str]:
-        """A job that the command can be used on; what it makes is used by the next ones."""
-        move = line.split()[2] if line.startswith("uora jobs ") else ""
-        moved = move in ("pause", "resume", "cancel", "retry", "delete")
-        if move in ("retry", "delete"):
-            wait_job(self.client, self.long)
-        changed = {"JOB": self.long if moved else self.finished, "JOB2": self.long}
-        if line.startswith("uora validate"):
-            changed["BASE_MODEL"] = self.variables["BASE_MODEL_HERE"]
-        if line.startswith("uora admin"):
-            changed["PROJECT"] = self._project()
-        if line.startswith("uora webhooks delete"):
-            changed["ENDPOINT"] = self.client.webhooks.list().data[0].id
-        if line.startswith("uora keys"):
-            changed["KEY_ID"] = self._key()
-        return self.variables | changed
-
-    def _project(self) -> str:
-        return self.client.admin.organization.projects.list(limit=1).data[0].id
-
-    def _key(self) -> str:
-        return self.client.admin.organization.projects.api_keys.list(self.variables["PROJECT"]).data[0].id
-
-    def _remember(self, arguments: list[str], stdout: str, stderr: str) -> None:
-        if arguments[1:3] == ["files", "upload"]:
-            self.variables["FILE"] = stdout.strip()
+        """What the command can be used on."""
+        found = dict(self.variables, JOB=self.finished, JOB2=self.long)
+        match line.split()[1:3]:
+            case ["jobs", "pause" | "resume" | "cancel"]:
+                found["JOB"] = self.long
+            case ["jobs", "retry" | "delete"]:
+                found["JOB"] = wait_job(self.client, self.long).id
+            case ["keys", _]:
+                (project,) = self.client.admin.organization.projects.list()
+                found["KEY_ID"] = self.client.admin.organization.projects.api_keys.list(project.id).data[0].id
+            case ["admin", _]:
+                found["PROJECT"] = self.administrator.admin.organization.projects.list(limit=1).data[0].id
+            case ["webhooks", "delete"]:
+                found["ENDPOINT"] = self.client.webhooks.list().data[0].id
+            case ["validate", _]:
+                found["BASE_MODEL"] = self.variables["BASE_MODEL_HERE"]
+        return found
 
 
 @pytest.fixture
@@ -98,9 +94,7 @@ def reader(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_bytes(ROWS)
-    client = administrator(running, "typist")
-    project = next(found for found in client.admin.organization.projects.list(limit=100) if found.name == "typist").id
-    monkeypatch.setattr("cli.keys.choose_project", lambda _client, _project: project)  # several are administered
+    client = running.client("typist")
     file_id = upload(client, ROWS)
     asked: dict[str, Any] = {"model": "tiny", "training_file": file_id, "extra_body": {"peft": {"r": 8}}}
     finished = client.fine_tuning.jobs.create(**asked, validation_file=file_id, hyperparameters={"n_epochs": 1})
@@ -113,9 +107,8 @@ def reader(
         "BASE_MODEL": "tiny",
         "BASE_MODEL_HERE": base_models["tiny"],
         "MODEL": done.fine_tuned_model,
-        "PROJECT": project,
     }
-    yield Reader(client, variables, finished=finished.id, long=long.id)
+    yield Reader(client, administrator(running, "root"), variables, finished=finished.id, long=long.id)
     for job in client.fine_tuning.jobs.list():
         if job.status not in ENDED:
             client.fine_tuning.jobs.cancel(job.id)
