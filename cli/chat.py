@@ -109,12 +109,12 @@ def _print_beside(streams: dict[str, Iterator[str]]) -> dict[str, str]:
     with Live(_columns(answers), console=console(), auto_refresh=False, vertical_overflow="visible") as live:
         for pieces in zip_longest(*streams.values(), fillvalue=""):
             answers = {model: answers[model] + piece for model, piece in zip(answers, pieces, strict=True)}
-            live.update(_columns(answers), refresh=live.is_started and console().is_terminal)
+            live.update(_columns(answers), refresh=True)
     return answers
 
 
 def _columns(answers: dict[str, str]) -> Table:
-    table = Table(*answers, show_lines=False, expand=console().is_terminal)
+    table = Table(*answers)
     table.add_row(*(Text(printable(answer)) for answer in answers.values()))
     return table
 

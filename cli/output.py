@@ -51,7 +51,7 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     """The line of an error."""
-    console(stderr=True).print(Text.assemble(("Error: ", "bold red"), text), soft_wrap=True)
+    console(stderr=True).print(Text.assemble(("Error: ", "bold red"), printable(text)), soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -37,15 +37,20 @@ def current_profile(name: str, environment: Mapping[str, str] = os.environ) -> P
     """The profile in use: ``UORA_BASE_URL`` and ``UORA_API_KEY`` win over what is stored.
 
     Raises:
-        CliError: there is no key.
+        CliError: there is no key, or it is stored for another service than the environment's.
     """
     stored = stored_profiles().get(name)
-    api_key = environment.get("UORA_API_KEY") or (stored.api_key if stored else None)
-    base_url = environment.get("UORA_BASE_URL") or (stored.base_url if stored else DEFAULT_BASE_URL)
-    if api_key is None:
+    base_url = normalise(environment.get("UORA_BASE_URL") or (stored.base_url if stored else DEFAULT_BASE_URL))
+    if api_key := environment.get("UORA_API_KEY"):
+        return Profile(base_url=base_url, api_key=api_key)
+    if stored is None:
         option = "" if name == DEFAULT_PROFILE else f" --profile {name}"
         raise CliError(f"No API key: run `uora{option} login`, or set UORA_BASE_URL and UORA_API_KEY.")
-    return Profile(base_url=normalise(base_url), api_key=api_key)
+    if base_url != stored.base_url:
+        raise CliError(
+            f"UORA_BASE_URL is {base_url}, and the stored key is one for {stored.base_url}: set UORA_API_KEY too."
+        )
+    return stored
 
 
 def normalise(base_url: str) -> str:

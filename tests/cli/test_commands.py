@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def said(run: Run, *arguments: str) -> str:
 def listed(run: Run, *arguments: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(said(run, *arguments, "--json"))
     return found
+
+
+def read_until(terminal: int, text: bytes) -> None:
+    """Wait for a terminal to show it."""
+    shown = b""
+    while text not in shown:
+        shown += os.read(terminal, 65536)
 
 
 class TestFiles:
@@ -182,6 +190,27 @@ class TestChat:
         assert [cell.strip() for cell in answers.strip("│").split("│")] == ["Hello", "Hello"]
         assert "is a base model" in uora("chat", "tiny", "hi", "--compare-base").stderr
 
+    def test_a_conversation(self, uora: Run, service: Service) -> None:
+        """On a real terminal: each question has what was said before it, and Ctrl-D ends it."""
+        ours, theirs = os.openpty()
+        command = [sys.executable, "-m", "cli", "chat", "tiny"]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        try:
+            for question in (b"first\n", b"second\n"):
+                read_until(ours, b"> ")
+                os.write(ours, question)
+                read_until(ours, b"Hello")
+            read_until(ours, b"> ")
+            os.write(ours, b"\x04")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+        _, last = service.engine.requests
+        assert [message["content"] for message in last["messages"]] == ["first", "Hello", "second"]
+
 
 class TestAdministration:
     def test_keys(self, uora: Run, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +322,15 @@ def test_the_offline_commands_are_those_of_the_core(bare: Run) -> None:
         assert f" {name} " in listed_in_help
     help_of_core = CliRunner().invoke(core, ["validate", "--help"]).stdout
     assert bare("validate", "--help").stdout.splitlines()[4:] == help_of_core.splitlines()[4:]
+
+
+def test_up_is_the_launcher_of_the_service(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "cli", "up", "--port", str(port)]
+        environment = os.environ | {"UORA_HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"Port {port} on 127.0.0.1 is taken" in done.stderr

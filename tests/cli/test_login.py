@@ -54,6 +54,15 @@ def test_profiles_stand_beside_each_other_and_the_environment_wins(
     assert project() == service.stranger.project_id
 
 
+def test_a_stored_key_goes_to_its_service_alone(
+    bare: Run, service: Service, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bare("login", "--base-url", service.url, "--api-key", service.tenant.key).exit_code == 0
+    monkeypatch.setenv("UORA_BASE_URL", "http://127.0.0.1:1")
+    done = bare("models", "list")
+    assert (done.exit_code, "set UORA_API_KEY too" in done.stderr) == (1, True)
+
+
 def test_what_is_refused_is_not_stored(bare: Run, service: Service, config: Path) -> None:
     wrong = bare("login", "--base-url", service.url, "--api-key", "sk-uora-wrong")
     assert (wrong.exit_code, wrong.stdout) == (1, "")
