@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -59,7 +59,7 @@ class Follower:
         self._events_tag: str | None = None
         self._cursor: str | None = None
 
-    def updates(self, *, tail: int | None = None) -> Iterator[Update]:
+    def updates(self, *, tail: int | None = None) -> Generator[Update, None, None]:
         """All updates until the job has ended; raises what the service answers, but for its absence.
 
         Args:
