@@ -128,7 +128,9 @@ def test_every_call(running: Running, capsys: pytest.CaptureFixture[str]) -> Non
     assert failures == 0, printed
     called = set(re.findall(r"^✓ ([\w.]+)", printed, flags=re.MULTILINE))
     assert called == every_call.public_calls(client)
-    refused = set(re.findall(r"^✓ ([\w.]+): refused, as it must be \((?:no|answers)", printed, flags=re.MULTILINE))
+    refused = set(
+        re.findall(r"^✓ ([\w.]+): refused, as it must be \((?:no reinforcement|answers)", printed, flags=re.MULTILINE)
+    )
     assert refused == every_call.NOT_OFFERED.keys()
 
 
