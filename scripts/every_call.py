@@ -225,7 +225,7 @@ def use_jobs(world: World) -> None:
     done = jobs.retrieve(job.id)
     check(done.status == "succeeded", f"the job succeeds: {done.status}, {done.error}")
     check(any(event.type == "metrics" for event in jobs.list_events(job.id, limit=2)), "events have measurements")
-    check(jobs.checkpoints.list(job.id).data[0].metrics.full_valid_loss is not None, "checkpoints have losses")
+    check(jobs.checkpoints.list(job.id).data[0].metrics.valid_loss is not None, "checkpoints have losses")
     world.job, world.model = job.id, done.fine_tuned_model
     world.plain.delete(f"/fine_tuning/jobs/{other.id}", cast_to=object)
 
