@@ -84,7 +84,7 @@ class Record:
         finally:
             self._refusal_code = None
 
-    def call(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Make a call; raises what it raises."""
         try:
             answer = method(*args, **kwargs)
