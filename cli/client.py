@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ import typer
 from cli.profiles import Profile, current_profile
 
 if TYPE_CHECKING:
+    import httpx2  # the openai client's own HTTP
     from openai import OpenAI
 
 Json = dict[str, Any]
@@ -50,6 +52,20 @@ def get(client: OpenAI, path: str, **query: Any) -> Json:
 def post(client: OpenAI, path: str, body: Json | None = None) -> Json:
     """A JSON answer."""
     return cast(Json, client.post(path, cast_to=object, body=body))
+
+
+@contextmanager
+def streamed(client: OpenAI, path: str, query: Json) -> Iterator[httpx2.Response]:
+    """An answer of any size, whose bytes are read as they are used."""
+    import httpx2
+    from openai import Stream
+
+    # With this class the client gives the response itself, and not a stream of events.
+    answer: Any = client.get(
+        path, cast_to=httpx2.Response, options={"params": query}, stream=True, stream_cls=Stream[object]
+    )
+    with closing(answer):
+        yield answer
 
 
 def when_made(ask: Callable[[], Json]) -> Json:

@@ -35,6 +35,7 @@ def _explain(error: Exception) -> str | None:
 
 
 def _explain_openai(error: Exception) -> str | None:
+    import httpx2  # what the client does not translate: an answer that breaks off
     import openai
 
     if isinstance(error, openai.APITimeoutError):
@@ -50,6 +51,8 @@ def _explain_openai(error: Exception) -> str | None:
         return error.message
     if isinstance(error, openai.OpenAIError):
         return str(error)
+    if isinstance(error, httpx2.HTTPError):
+        return f"The answer broke off ({error}); try again."
     return None
 
 

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from cli.client import connect, path
+from cli.client import connect, path, streamed
 from cli.output import AsJson, Json, Limit, Out, as_dict, as_dicts, print_item, print_json, print_list, say, write_new
 
 app = typer.Typer(no_args_is_help=True, help="Models: the base models and your own.")
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name, ft:...")]
 ImportedTask = Literal["chat", "completion"]
+Form = Literal["uora", "lora", "merged"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 _COLUMNS = {
     "model": lambda model: model["id"],
@@ -50,18 +52,21 @@ def export(
     ctx: typer.Context,
     model: ModelName,
     to: Annotated[
-        Literal["uora", "lora"], typer.Option(help="uora: as it is stored; lora: a zip of the equal LoRA for PEFT.")
+        Form,
+        typer.Option(help="uora: as it is stored; lora: a zip of the equal LoRA for PEFT; merged: of the whole model."),
     ] = "uora",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of a merged model's weights; the base model's if left out.")
+    ] = None,
     out: Out = None,
 ) -> None:
-    """Download a model. `uora export` makes a whole merged model of the file."""
-    import httpx2  # the openai client's own
-
-    response = connect(ctx).get(
-        path("/models/{}/adapter", model), cast_to=httpx2.Response, options={"params": {"format": to}}
-    )
-    named = re.search(r'filename="([\w.-]+)"', response.headers.get("content-disposition", ""))
-    write_new(out or Path(named[1] if named else "adapter"), [response.content])
+    """Download a model. `uora export` makes the same forms of a downloaded one, without a service."""
+    client = connect(ctx)
+    url = path("/models/{}/adapter", model)
+    query = {"format": to} | ({} if dtype is None else {"dtype": dtype})
+    with streamed(client, url, query) as response:
+        named = re.search(r'filename="([\w.-]+)"', response.headers.get("content-disposition", ""))
+        write_new(out or Path(named[1] if named else "adapter"), response.iter_bytes())
 
 
 @app.command("import")

@@ -281,7 +281,7 @@ def use_chat(world: World) -> None:
     check(chunks[-1].usage.completion_tokens == answer.usage.completion_tokens, "its last chunk has the usage")
     with completions.stream(**asked, max_tokens=8) as stream:
         check(stream.get_final_completion().choices[0].message.content == text, "the streaming helper has it too")
-    parsed = completions.parse(**asked, max_tokens=64, response_format=Answer)
+    parsed = completions.parse(**asked, max_tokens=256, response_format=Answer)
     check(parsed.choices[0].message.parsed.word in ("down", "up"), "an answer keeps to its schema")
     with world.record.refusing("model_not_found"):
         completions.create(model="ft:nobody", messages=HELLO)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from api.jobs.repository import add_event
 from api.models.models import Adapter
 from api.projects.models import Project
 from api.projects.service import create_api_key
+from cli.main import app
 from tests.api.rows import add_adapter, add_file, add_job
 from tests.api.support import ROOT, Service
 from tests.cli.conftest import Run
@@ -258,6 +260,14 @@ class TestAdministration:
         assert listed(uora, "webhooks", "list") == []
 
 
+def answer_in_part(listener: socket.socket) -> None:
+    """Answer one request with half of what is announced."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf!")
+
+
 class TestErrors:
     """One line on stderr, which says what to do; status 1."""
 
@@ -294,6 +304,21 @@ class TestErrors:
             failed = uora("jobs", "list")
         assert failed.exit_code == 1
         assert failed.stderr.startswith(f"Error: No service answers on {url}: start one with `uora up`")
+
+    def test_a_download_that_breaks_off_leaves_no_file(self, uora: Run, service: Service, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=answer_in_part, args=(listener,))
+            thread.start()
+            options = ["--out", str(tmp_path / "model.zip")]
+            failed = CliRunner().invoke(
+                app,
+                ["models", "export", "ft:x", *options],
+                env={"UORA_BASE_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"},
+            )
+            thread.join()
+        assert failed.exit_code == 1
+        assert failed.stderr.startswith("Error: The answer broke off")
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
     def test_of_a_stream(self, uora: Run, service: Service) -> None:
         service.engine.lines = [service.engine.lines[0], {"type": "error", "code": "engine_fault", "message": "lost"}]

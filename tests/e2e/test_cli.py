@@ -33,10 +33,11 @@ ROWS = chat_rows([("up", "down"), ("left", "right")] * 8)
 pytestmark = pytest.mark.parametrize("running", ["embedded"], indirect=True)
 
 
-def administrator(running: Running, name: str) -> openai.OpenAI:
-    """The client with an organization-wide key of a new project, as the first start makes it."""
+def client_of(running: Running, name: str, *, organization_wide: bool) -> openai.OpenAI:
+    """The client with a key of a new project; the first start makes one for the whole organization."""
     with Session(make_engine(running.database_url)) as session, session.begin():
-        key = create_api_key(session, create_project(session, name, slug=name), name="root", organization_wide=True)
+        project = create_project(session, name, slug=name)
+        key = create_api_key(session, project, name=name, organization_wide=organization_wide)
     return make_client(Profile(f"{running.url}/v1", key))
 
 
@@ -94,7 +95,7 @@ def reader(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_bytes(ROWS)
-    client = running.client("typist")
+    client = client_of(running, "typist", organization_wide=False)
     file_id = upload(client, ROWS)
     asked: dict[str, Any] = {"model": "tiny", "training_file": file_id, "extra_body": {"peft": {"r": 8}}}
     finished = client.fine_tuning.jobs.create(**asked, validation_file=file_id, hyperparameters={"n_epochs": 1})
@@ -108,7 +109,9 @@ def reader(
         "BASE_MODEL_HERE": base_models["tiny"],
         "MODEL": done.fine_tuned_model,
     }
-    yield Reader(client, administrator(running, "root"), variables, finished=finished.id, long=long.id)
+    yield Reader(
+        client, client_of(running, "root", organization_wide=True), variables, finished=finished.id, long=long.id
+    )
     for job in client.fine_tuning.jobs.list():
         if job.status not in ENDED:
             client.fine_tuning.jobs.cancel(job.id)
@@ -122,7 +125,7 @@ def test_the_commands_of_the_page(reader: Reader) -> None:
 
 
 def test_every_call(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    client = administrator(running, "caller")
+    client = client_of(running, "caller", organization_wide=True)
     failures = every_call.run(client, base_model=None)
     printed = capsys.readouterr().out
     assert failures == 0, printed
