@@ -49,10 +49,6 @@ The service is ready on {url}. Your key, shown only now:
 
     {key}
 
-On the command line:
-
-    uora login --base-url {url} --api-key {key}
-
 With the openai client:
 
     from openai import OpenAI
@@ -64,6 +60,10 @@ With curl:
 
     curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
       -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+On the command line:
+
+    uora login --base-url {url} --api-key {key}
 
 Ctrl-C stops it.
 """
