@@ -7,6 +7,7 @@ COPY pyproject.toml requirements.lock README.md ./
 COPY uora uora
 COPY api api
 COPY worker worker
+COPY cli cli
 
 FROM base AS api
 # The lock pins the versions, the extra chooses what is installed.

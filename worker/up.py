@@ -61,6 +61,10 @@ With curl:
     curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
       -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
+On the command line:
+
+    uora login --base-url {url} --api-key {key}
+
 Ctrl-C stops it.
 """
 
@@ -224,12 +228,12 @@ def _welcome(settings: Settings, url: str) -> None:
     print(text, flush=True)  # noqa: T201 # a command line's own output
 
 
-def main() -> None:
-    """Run until Ctrl-C, or until a process ends."""
+def main(given: Sequence[str] | None = None) -> None:
+    """Run until Ctrl-C, or until a process ends; ``given`` are its arguments, else the process's."""
     parser = argparse.ArgumentParser(description="Run the whole service on this machine.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     settings = load_settings()
     check_free(arguments.host, arguments.port)
     for engine in plan_engines(settings):
