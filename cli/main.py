@@ -55,7 +55,7 @@ def main(
         str, typer.Option(envvar="UORA_PROFILE", help="Which of the services that you logged in to.")
     ] = DEFAULT_PROFILE,
 ) -> None:
-    """Fine-tune models, watch their jobs, and ask them. UORA_BASE_URL and UORA_API_KEY win over what `uora login` stored."""
+    """Fine-tune models, watch jobs, ask models. UORA_BASE_URL and UORA_API_KEY win over what `uora login` stored."""
     ctx.obj = profile
 
 
