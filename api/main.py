@@ -40,16 +40,16 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         configure_tracing("api")
         async with open_resources(settings, queue=queue) as resources:
             app.state.resources = resources
-            metrics.register(
-                DatabaseCollector(
-                    resources.read_sessions, base_models=settings.base_models, engine_ttl=settings.engine_ttl
-                )
+            collector = DatabaseCollector(
+                resources.read_sessions, base_models=settings.base_models, engine_ttl=settings.engine_ttl
             )
+            metrics.register(collector)
             # Those who wait for a job would keep the server for a minute.
             stopping.on_signal(resources.jobs.stop, delay=settings.drain_delay)
             if threading.current_thread() is threading.main_thread():  # the process is the server's
                 _spare_the_collector()
             yield
+            metrics.unregister(collector)
         stop_tracing()
 
     app = FastAPI(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, case, false, func, or_, select, update
@@ -18,6 +18,7 @@ import api.projects.models  # noqa: F401 - jobs refer to its table
 from api.database import database_now
 from api.jobs.models import Job, JobStatus
 from api.jobs.repository import state_step
+from worker.tracing import AttemptTrace
 
 Sessions = sessionmaker[Session]
 
@@ -34,6 +35,13 @@ class Lease:
     project_id: str
     attempt: int
     owner: str
+    #: Of the request that made the job.
+    traceparent: str | None = None
+    trace: AttemptTrace = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        trace = AttemptTrace(self.traceparent, job_id=self.job_id, attempt=self.attempt)
+        object.__setattr__(self, "trace", trace)
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,19 @@ def claim(sessions: Sessions, job_id: str, *, owner: str, ttl: timedelta, max_at
                 started_at=func.coalesce(Job.started_at, moment),
                 estimated_finish=None,
             )
-            .returning(Job.project_id, Job.attempt)
+            .returning(Job.project_id, Job.attempt, Job.traceparent)
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if taken is None:
             return None
         rewind(session, job_id)
-        return Lease(job_id=job_id, project_id=taken.project_id, attempt=taken.attempt, owner=owner)
+        return Lease(
+            job_id=job_id,
+            project_id=taken.project_id,
+            attempt=taken.attempt,
+            owner=owner,
+            traceparent=taken.traceparent,
+        )
 
 
 def claim_companions(sessions: Sessions, lease: Lease, *, at_most: int, ttl: timedelta) -> list[Lease]:
