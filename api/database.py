@@ -114,9 +114,7 @@ def make_engine(url: str) -> Engine:
     if url.startswith("sqlite"):
         engine = create_engine(url, hide_parameters=True)
     else:
-        engine = create_engine(
-            url, pool_pre_ping=True, pool_size=MAX_CONNECTIONS, max_overflow=0, hide_parameters=True
-        )
+        engine = create_engine(url, pool_pre_ping=True, pool_size=MAX_CONNECTIONS, max_overflow=0, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         if engine.url.database:
             Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)

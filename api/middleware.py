@@ -40,9 +40,7 @@ class RequestContext:
         internal: whether requests come from another of our processes, whose request's id and trace go on.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, metrics: RequestMetrics, stopping: Stopping, internal: bool = False
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: RequestMetrics, stopping: Stopping, internal: bool = False) -> None:
         self._app = app
         self._metrics = metrics
         self._stopping = stopping

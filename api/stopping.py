@@ -38,7 +38,9 @@ class Stopping:
             if callable(servers):  # else it does not end its requests first, or is told in another way
                 signal.signal(number, self._handler(loop, servers, action, delay.total_seconds()))
 
-    def _handler(self, loop: asyncio.AbstractEventLoop, servers: Handler, action: Callable[[], None], delay: float) -> Handler:
+    def _handler(
+        self, loop: asyncio.AbstractEventLoop, servers: Handler, action: Callable[[], None], delay: float
+    ) -> Handler:
         def handle(number: int, frame: FrameType | None) -> None:
             first, self._told = not self._told, True
             if first:

@@ -39,9 +39,7 @@ def configure_logging(*, level: LogLevel = "INFO", format: LogFormat = "auto") -
         # Before the renderer, whose own form of exceptions for terminals shows local variables.
         structlog.processors.format_exc_info,
     ]
-    renderer: Processor = (
-        structlog.processors.JSONRenderer() if is_json(format) else structlog.dev.ConsoleRenderer()
-    )
+    renderer: Processor = structlog.processors.JSONRenderer() if is_json(format) else structlog.dev.ConsoleRenderer()
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),

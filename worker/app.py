@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from celery.signals import (
     beat_embedded_init,
     celeryd_init,
     setup_logging,
-    worker_ready,
+    worker_init,
     worker_shutdown,
     worker_shutting_down,
 )
@@ -138,9 +139,12 @@ def _no_banner(instance: Any, **_: Any) -> None:
 
 
 def _begin_telling(sender: Any, **_: Any) -> None:
-    """In the worker itself, once it runs, and not in the beat that it may have started."""
-    serve_metrics(Settings())
-    configure_tracing(str(sender).partition("@")[0])
+    """Before the worker runs, and apart from the beat that it may start."""
+    try:
+        serve_metrics(Settings())
+        configure_tracing(str(sender.hostname).partition("@")[0])
+    except RuntimeError as error:  # Celery would only log it
+        sys.exit(f"The worker did not start: {error}")
 
 
 def _stop_telling(**_: Any) -> None:
@@ -160,7 +164,7 @@ def _exit_when_orphaned(parent: int) -> None:
 
 setup_logging.connect(_configure_logging)
 celeryd_init.connect(_no_banner)
-worker_ready.connect(_begin_telling)
+worker_init.connect(_begin_telling)
 worker_shutdown.connect(_stop_telling)
 worker_shutting_down.connect(_stop_training)
 beat_embedded_init.connect(_leave_with_worker)

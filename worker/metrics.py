@@ -73,17 +73,19 @@ def serve_metrics(settings: Settings) -> None:
     """Answer to ``/metrics`` from a thread, for as long as the process lives; nothing without a port.
 
     Raises:
-        OSError: the port is taken.
+        RuntimeError: the address cannot be had, say since the port is taken.
     """
     if not settings.metrics_port:
         return
-    server = make_server(
-        settings.metrics_host,
-        settings.metrics_port,
-        guarded(make_wsgi_app(REGISTRY), settings),
-        ThreadingWSGIServer,
-        handler_class=_Silent,
-    )
+    host, port = settings.metrics_host, settings.metrics_port
+    app = guarded(make_wsgi_app(REGISTRY), settings)
+    try:
+        server = make_server(host, port, app, ThreadingWSGIServer, handler_class=_Silent)
+    except OSError as error:
+        raise RuntimeError(
+            f"UORA_METRICS_HOST and UORA_METRICS_PORT say {host}:{port}, which cannot be had ({error.strerror}). Each "
+            "process of a machine needs a port of its own."
+        ) from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 

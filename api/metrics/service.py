@@ -35,9 +35,7 @@ class DatabaseCollector(Collector):
         engine_ttl: an engine without a heartbeat for this long is dead.
     """
 
-    def __init__(
-        self, sessions: sessionmaker[Session], *, base_models: Iterable[str], engine_ttl: timedelta
-    ) -> None:
+    def __init__(self, sessions: sessionmaker[Session], *, base_models: Iterable[str], engine_ttl: timedelta) -> None:
         self._sessions = sessions
         self._base_models = tuple(base_models)
         self._engine_ttl = engine_ttl
