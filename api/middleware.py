@@ -30,8 +30,8 @@ MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
 
 class RequestContext:
-    """Give each request an id, in the answer's ``x-request-id`` and in all log lines, count it, trace it, and catch what
-    nobody did.
+    """Give each request an id, in the answer's ``x-request-id`` and in all log lines; count it, trace it, and catch
+    what nobody did.
 
     Args:
         app: what it is around.
@@ -45,6 +45,7 @@ class RequestContext:
         self._metrics = metrics
         self._stopping = stopping
         self._internal = internal
+        self._log = log.bind()  # once: each line of the module's own logger would put one together
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -95,7 +96,7 @@ class RequestContext:
             finally:
                 seconds = time.perf_counter() - started
                 self._metrics.observe(scope, status, seconds)
-                log.info(
+                self._log.info(
                     "request",
                     method=scope["method"],
                     path=scope["path"],

@@ -24,7 +24,7 @@ QUIET = (
 HANDLED = ("uvicorn", "uvicorn.error", "uvicorn.access", "celery", "celery.task", "celery.redirected")
 
 
-def configure_logging(*, level: LogLevel = "INFO", format: LogFormat = "auto") -> None:  # noqa: A002 - the setting's name
+def configure_logging(*, level: LogLevel = "INFO", format: LogFormat = "auto") -> None:
     """Print events to stderr, those of structlog and of the standard library's loggers alike.
 
     Args:
@@ -56,7 +56,7 @@ def configure_logging(*, level: LogLevel = "INFO", format: LogFormat = "auto") -
     _take_over(handler, level)
 
 
-def is_json(format: LogFormat) -> bool:  # noqa: A002 - the setting's name
+def is_json(format: LogFormat) -> bool:
     """Whether lines are JSON here."""
     return format == "json" or (format == "auto" and not sys.stderr.isatty())
 

@@ -85,7 +85,7 @@ def configure_tracing(process: str) -> None:
     Raises:
         RuntimeError: they do, and OpenTelemetry is not installed.
     """
-    global _provider, _tracer  # noqa: PLW0603 - one per process, as its exporter's thread
+    global _provider, _tracer
     if _tracer is not None or not any(os.environ.get(name) for name in ENDPOINTS):
         return
     try:
@@ -105,7 +105,7 @@ def configure_tracing(process: str) -> None:
 
 def stop_tracing() -> None:
     """Send what is left. A signal may end the process before the interpreter's own end would."""
-    global _provider, _tracer  # noqa: PLW0603 - as above
+    global _provider, _tracer
     if _provider is not None:
         _provider.shutdown()
     _provider = _tracer = None

@@ -107,5 +107,5 @@ def guarded(app: WSGIApplication, settings: Settings) -> WSGIApplication:
 
 
 class _Silent(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the standard library's name
+    def log_message(self, format: str, *args: object) -> None:
         """Scrapes are no news."""

@@ -15,7 +15,7 @@ from api.webhooks.models import DeliveryStatus, WebhookDelivery
 def count_jobs(session: Session) -> dict[str, int]:
     """Jobs by status; those that there are none of have no key."""
     counts = select(Job.status, func.count()).group_by(Job.status)
-    return {status: count for status, count in session.execute(counts)}
+    return dict(session.execute(counts).tuples().all())
 
 
 def oldest_job(session: Session, status: JobStatus) -> datetime | None:
