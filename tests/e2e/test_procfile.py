@@ -67,7 +67,7 @@ def test_images_run_without_root_and_the_api_has_no_torch() -> None:
     stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
     final = {stage.split(" AS ")[1].split()[0]: stage for stage in stages if " AS " in stage}
     assert all("USER uora" in final[name] for name in ("api", "worker"))
-    assert "'.[api]'" in final["api"]
+    assert "'.[api,tracing]'" in final["api"]
 
 
 def test_readme_opens_with_the_commands() -> None:
