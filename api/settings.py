@@ -132,6 +132,7 @@ class Settings(DatabaseSettings):
     #: What reads ``/metrics`` sends as its bearer token; without one, metrics are for the machine itself.
     metrics_token: SecretStr | None = None
     #: Where a trainer, sweeper or webhooks process, which has no port else, answers to ``/metrics``; 0 is nowhere.
+    #: ``make up`` counts the port up, in this order.
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
 
