@@ -17,6 +17,7 @@ from prometheus_client import Counter, Histogram, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from api.metrics.exposition import REFUSAL, may_read, new_registry
+from api.queue import TaskName
 from api.settings import Settings
 
 if TYPE_CHECKING:
@@ -56,6 +57,14 @@ DELIVERIES = Counter(
     ("result",),
     registry=REGISTRY,
 )
+
+# Told as 0 before the first, so that it is seen as a rise.
+for _outcome in ("succeeded", "failed", "cancelled", "interrupted", "lease_lost"):
+    ATTEMPTS.labels(_outcome)
+for _task in (TaskName.VALIDATE, TaskName.REPORT, TaskName.TRAIN, TaskName.DELIVER):
+    RINGS.labels(_task.value)
+for _result in ("2xx", "3xx", "4xx", "5xx", "error"):
+    DELIVERIES.labels(_result)
 
 
 @contextmanager

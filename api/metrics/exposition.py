@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from pydantic import SecretStr
 from starlette.responses import Response
@@ -17,6 +17,8 @@ REFUSAL = (
 )
 #: A proxy on this machine makes everybody look local, unless it says for whom it asks.
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+disable_created_metrics()  # a series beside each, which this service's readers have no use for
 
 
 def new_registry() -> CollectorRegistry:
