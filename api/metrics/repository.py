@@ -14,8 +14,8 @@ from api.webhooks.models import DeliveryStatus, WebhookDelivery
 
 def count_jobs(session: Session) -> dict[str, int]:
     """Jobs by status; those that there are none of have no key."""
-    counts = select(Job.status, func.count()).group_by(Job.status)
-    return dict(session.execute(counts).tuples().all())
+    counts = session.execute(select(Job.status, func.count()).group_by(Job.status))
+    return {row[0]: row[1] for row in counts}
 
 
 def oldest_job(session: Session, status: JobStatus) -> datetime | None:

@@ -79,7 +79,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, base_models: dict[str, str]) 
 
 def use(running: Running) -> tuple[str, str]:
     """Train a model, and ask it; the job's id and the key that was used."""
-    client = running.client("Acme")
+    client = running.client("acme")
     client = client.with_options(default_headers={"traceparent": f"00-{CLIENTS_TRACE}-00f067aa0ba902b7-01"})
     rows = upload(client, chat_rows([(f"{TRAINED} {number}", "yes") for number in range(8)]))
     hyperparameters = {"n_epochs": 2, "batch_size": 2}

@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, build: Callable[[Settings], Ser
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.get("/healthz")(healthz)
-    app.get("/readyz")(readyz)
+    app.get("/readyz", dependencies=[Depends(_stay)])(readyz)
     app.get("/metrics")(metrics)
     app.post("/generate", dependencies=[Depends(_authenticate), Depends(_stay)])(generate)
     app.post("/describe", dependencies=[Depends(_authenticate)])(describe)
@@ -165,7 +165,7 @@ def healthz() -> dict[str, str]:
 
 
 def readyz(request: Request) -> dict[str, str]:
-    """The base model is loaded; ``id`` is the engine's in the database."""
+    """The base model is loaded, and the engine stays; ``id`` is its own in the database."""
     base = _runner(request).base
     return {
         "status": "ok",
