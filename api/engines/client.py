@@ -105,7 +105,8 @@ class EngineClient:
         """The engine that took the request and its answer, which ``stack`` closes. Each engine is asked once."""
         answer: Unavailable | None = None
         lost = 0
-        for engine in await self._directory.ranked(base_model):
+        candidates = await stack.enter_async_context(aclosing(self._directory.candidates(base_model)))
+        async for engine in candidates:
             async with AsyncExitStack() as attempt:
                 attempt.enter_context(self._directory.sending(engine))
                 try:

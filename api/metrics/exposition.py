@@ -18,7 +18,7 @@ REFUSAL = (
 #: A proxy on this machine makes everybody look local, unless it says for whom it asks.
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
-disable_created_metrics()  # a series beside each, which this service's readers have no use for
+disable_created_metrics()  # type: ignore[no-untyped-call] # a series beside each, which readers here have no use for
 
 
 def new_registry() -> CollectorRegistry:
