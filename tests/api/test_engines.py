@@ -276,7 +276,7 @@ def test_an_engine_that_has_just_come_is_asked_where_the_known_ones_take_nothing
         await directory.live()
         came = register_engine(service.sessions, f"{NOWHERE}/other", base_model="came")
         taken = [(await anext(aiter(directory.candidates("came")))).id]
-        return taken + [known, came], [each.id async for each in directory.candidates("came")], directory.reads
+        return [*taken, known, came], [each.id async for each in directory.candidates("came")], directory.reads
 
     (first, known, came), asked, reads = asyncio.run(look())
     assert first == known
