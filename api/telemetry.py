@@ -54,6 +54,7 @@ def configure_logging(*, level: LogLevel = "INFO", format: LogFormat = "auto") -
         )
     )
     _take_over(handler, level)
+    logging.captureWarnings(True)
 
 
 def is_json(format: LogFormat) -> bool:

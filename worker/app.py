@@ -132,8 +132,9 @@ def _configure_logging(**_: Any) -> None:
     configure_logging(level=settings.log_level, format=settings.log_format)
 
 
-def _no_banner(instance: Any, **_: Any) -> None:
-    """Whoever reads lines of JSON cannot read Celery's picture of itself."""
+def _begin_logging(instance: Any, **_: Any) -> None:
+    """Before Celery says anything; whoever reads lines of JSON cannot read its picture of itself."""
+    _configure_logging()
     if is_json(Settings().log_format):
         instance.quiet = True
 
@@ -163,7 +164,7 @@ def _exit_when_orphaned(parent: int) -> None:
 
 
 setup_logging.connect(_configure_logging)
-celeryd_init.connect(_no_banner)
+celeryd_init.connect(_begin_logging)
 worker_init.connect(_begin_telling)
 worker_shutdown.connect(_stop_telling)
 worker_shutting_down.connect(_stop_training)

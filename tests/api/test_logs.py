@@ -24,6 +24,7 @@ def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     handlers, level = root.handlers[:], root.level
     before = structlog.get_config()
     yield lambda: capsys.readouterr().err
+    logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.configure(**before)

@@ -183,7 +183,7 @@ def said(seen: Seen, *processes: str) -> Iterator[str]:
     """What processes wrote, without what honcho puts before it."""
     pattern = re.compile(rf"^\S+ (?:{'|'.join(processes)})\S*\s+\| (.*)$")
     for line in seen.log:
-        if (found := pattern.match(re.sub(r"\x1b\[\d*m", "", line))) and not found[1].startswith("Loading weights"):
+        if found := pattern.match(re.sub(r"\x1b\[\d*m", "", line)):
             yield found[1]
 
 
