@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ ENGINE, API = "worker.engine.app:create_app", "api.main:create_app"
 #: Longer than the balancer takes to see that an api is not ready any more.
 DRAIN = "PT1S"
 LOOK_SECONDS = 0.25
-#: Of an answer: many steps, so that there is always one under way.
-TOKENS = 60
+#: Of an answer that is under way when a process is told to stop, and of the others.
+LONG, SHORT = 200, 8
 
 
 @dataclass
@@ -113,18 +113,23 @@ class Fleet:
         with self.sessions() as session:
             return {row.url for row, _ in repository.live(session, ttl=timedelta(seconds=5))}
 
-    def ask_again_and_again(self, *, stream: bool) -> None:
+    def ask_again_and_again(self) -> None:
         """Until `stopped`; raises what the client does."""
         while not self.stopped.is_set():
-            options: dict[str, Any] = {"model": "tiny", "messages": HI, "temperature": 0, "max_tokens": TOKENS}
-            if stream:
-                chunks = list(self.client.chat.completions.create(**options, stream=True))
-                assert chunks[-1].choices[0].finish_reason
-                self.texts.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
-            else:
-                (choice,) = self.client.chat.completions.create(**options).choices
-                self.texts.append(choice.message.content or "")
+            (choice,) = self.client.chat.completions.create(
+                model="tiny", messages=HI, temperature=0, max_tokens=SHORT
+            ).choices
+            self.texts.append(choice.message.content or "")
             time.sleep(0.2)
+
+    def begin(self) -> Iterator[str]:
+        """A long answer, whose first text is there."""
+        stream = self.client.chat.completions.create(
+            model="tiny", messages=HI, temperature=0, max_tokens=LONG, stream=True
+        )
+        texts = (chunk.choices[0].delta.content or "" for chunk in stream)
+        first = next(text for text in texts if text)
+        return chain([first], texts)
 
 
 @contextmanager
@@ -182,16 +187,19 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 
 def test_no_request_fails_while_everything_is_restarted(fleet: Fleet) -> None:
+    long_texts: set[str] = set()
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(fleet.ask_again_and_again, stream=number % 2 == 0) for number in range(2)]
+        asking = pool.submit(fleet.ask_again_and_again)
         try:
             wait_until(lambda: len(fleet.texts) >= 3, what="first answers")
             for process in (*fleet.engines, *fleet.apis):
                 before = len(fleet.texts)
+                begun = [fleet.begin() for _ in range(2)]  # one on each api, and one on each engine
                 ended = pool.submit(process.stop)
                 if process.app == ENGINE:
                     # At once, and not when its last answer is complete.
                     wait_until(lambda url=process.url: url not in fleet.live(), what="its leaving", seconds=2)  # type: ignore[misc]
+                long_texts |= {"".join(texts) for texts in begun}
                 assert ended.result(40) == -signal.SIGTERM
                 process.start()
                 wait_until(process.is_ready, what=tail(process.log), seconds=60)
@@ -199,6 +207,6 @@ def test_no_request_fails_while_everything_is_restarted(fleet: Fleet) -> None:
                 wait_until(lambda before=before: len(fleet.texts) > before + 2, what="answers meanwhile")  # type: ignore[misc]
         finally:
             fleet.stopped.set()
-        for future in asking:
-            future.result(60)
-    assert len(set(fleet.texts)) == 1
+        asking.result(60)
+    assert len(set(fleet.texts)) == len(long_texts) == 1
+    assert len(long_texts.pop()) > len(fleet.texts[0])

@@ -180,10 +180,11 @@ def test_every_line_is_json_and_names_what_it_is_about(seen: Seen) -> None:
 
 
 def said(seen: Seen, *processes: str) -> Iterator[str]:
-    """What processes wrote, without what honcho puts before it."""
+    """What processes logged, without what honcho puts before it, nor what Celery says to a terminal on Ctrl-C."""
     pattern = re.compile(rf"^\S+ (?:{'|'.join(processes)})\S*\s+\| (.*)$")
     for line in seen.log:
-        if found := pattern.match(re.sub(r"\x1b\[\d*m", "", line)):
+        found = pattern.match(re.sub(r"\x1b\[\d*m", "", line))
+        if found and found[1] and not found[1].startswith("worker: "):
             yield found[1]
 
 
