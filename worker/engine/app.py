@@ -133,7 +133,7 @@ def _authenticate(request: Request) -> None:
         raise EngineError(401, "invalid_engine_token", "The engine token is missing or wrong; check UORA_ENGINE_TOKEN.")
 
 
-def _stay(request: Request) -> None:
+async def _stay(request: Request) -> None:
     """Refuse what comes after the signal to stop; the api asks another engine."""
     if request.app.state.stopping:
         raise _stopping()
