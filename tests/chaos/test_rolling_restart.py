@@ -32,8 +32,8 @@ from tests.worker.support import tail, wait_until
 HI: list[Any] = [{"role": "user", "content": "hello there"}]
 ENGINE, API = "worker.engine.app:create_app", "api.main:create_app"
 #: Longer than the balancer takes to see that an api is not ready any more.
-DRAIN = "PT1S"
-LOOK_SECONDS = 0.25
+DRAIN = "PT1.2S"
+LOOK_SECONDS = 0.5
 #: Of an answer that is under way when a process is told to stop, and of the others.
 LONG, SHORT = 200, 8
 
@@ -70,6 +70,13 @@ class Process:
             return httpx.get(f"{self.url}/readyz", timeout=5, verify=NO_TLS).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def wait_ready(self) -> None:
+        """Look now and then: a start takes seconds of a processor, and shall not take more."""
+        deadline = time.monotonic() + 60
+        while not self.is_ready():
+            assert time.monotonic() < deadline, tail(self.log)
+            time.sleep(LOOK_SECONDS)
 
 
 class Balancer(httpx.BaseTransport):
@@ -177,7 +184,8 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
         sessions = make_sessions(database)
         with sessions.begin() as session:
             key = make_tenant(session, "Acme").key
-        wait_until(lambda: all(api.is_ready() for api in apis), what=f"{[tail(api.log) for api in apis]}", seconds=60)
+        for process in (*engines, *apis):
+            process.wait_ready()
         http = stack.enter_context(httpx.Client(transport=Balancer(apis)))
         # Without retries: each failure is seen.
         client = openai.OpenAI(base_url="http://balancer/v1", api_key=key, max_retries=0, timeout=60, http_client=http)
@@ -202,7 +210,7 @@ def test_no_request_fails_while_everything_is_restarted(fleet: Fleet) -> None:
                 long_texts |= {"".join(texts) for texts in begun}
                 assert ended.result(40) == -signal.SIGTERM
                 process.start()
-                wait_until(process.is_ready, what=tail(process.log), seconds=60)
+                process.wait_ready()
                 wait_until(lambda: len(fleet.live()) == 2, what=tail(process.log), seconds=60)
                 wait_until(lambda before=before: len(fleet.texts) > before + 2, what="answers meanwhile")  # type: ignore[misc]
         finally:
