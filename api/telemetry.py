@@ -20,7 +20,7 @@ QUIET = (
     *("sqlalchemy", "httpx", "httpcore", "urllib3", "python_multipart", "multipart", "filelock", "asyncio"),
     *("kombu", "amqp", "redis", "opentelemetry", "wandb"),
 )
-#: Loggers to which their libraries have given handlers of their own by the time that an app is made.
+#: Loggers to which their libraries have given handlers and levels of their own by the time that an app is made.
 HANDLED = ("uvicorn", "uvicorn.error", "uvicorn.access", "celery", "celery.task", "celery.redirected")
 
 
@@ -75,6 +75,7 @@ def _take_over(handler: logging.Handler, level: LogLevel) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -38,6 +38,7 @@ def test_all_loggers_write_the_same_lines(stderr: Callable[[], str]) -> None:
     uvicorn = logging.getLogger("uvicorn")
     uvicorn.addHandler(logging.StreamHandler())
     uvicorn.propagate = False
+    logging.getLogger("uvicorn.error").setLevel("ERROR")
     configure_logging(format="auto")
     with bound_contextvars(request_id="req_1", job_id="ftjob-1"):
         structlog.get_logger().info("ours", number=1)
@@ -69,9 +70,11 @@ def test_an_exception_is_one_line(stderr: Callable[[], str]) -> None:
 
 
 def test_the_level_holds_for_all(stderr: Callable[[], str]) -> None:
+    logging.getLogger("uvicorn.error").setLevel("INFO")
     configure_logging(level="WARNING", format="json")
     structlog.get_logger().info("ours")
-    logging.getLogger("worker").info("theirs")
+    for name in ("worker", "uvicorn.error"):
+        logging.getLogger(name).info("theirs")
     structlog.get_logger().warning("told")
     assert [line["event"] for line in lines(stderr())] == ["told"]
 
