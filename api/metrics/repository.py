@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select
@@ -12,10 +13,11 @@ from api.jobs.models import Job, JobStatus
 from api.webhooks.models import DeliveryStatus, WebhookDelivery
 
 
-def count_jobs(session: Session) -> dict[str, int]:
-    """Jobs by status; those that there are none of have no key."""
-    counts = session.execute(select(Job.status, func.count()).group_by(Job.status))
-    return {row[0]: row[1] for row in counts}
+def count_jobs(session: Session, statuses: Collection[JobStatus]) -> dict[JobStatus, int]:
+    """How many jobs there are of each of the statuses. It takes as long as there are many."""
+    wanted = select(Job.status, func.count()).where(Job.status.in_(list(statuses))).group_by(Job.status)
+    counts = {row[0]: row[1] for row in session.execute(wanted)}
+    return {status: counts.get(status, 0) for status in statuses}
 
 
 def oldest_job(session: Session, status: JobStatus) -> datetime | None:
