@@ -11,11 +11,11 @@ COPY cli cli
 
 FROM base AS api
 # The lock pins the versions, the extra chooses what is installed.
-RUN pip install --constraint requirements.lock '.[api]'
+RUN pip install --constraint requirements.lock '.[api,tracing]'
 COPY alembic.ini ./
 COPY migrations migrations
 USER uora
 
 FROM base AS worker
-RUN pip install --constraint requirements.lock '.[worker,quantized,wandb]'
+RUN pip install --constraint requirements.lock '.[worker,quantized,tracing,wandb]'
 USER uora

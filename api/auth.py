@@ -45,6 +45,7 @@ async def current_caller(request: Request) -> Caller:
     authorization, openai_project = request.headers.get("authorization"), request.headers.get("openai-project")
     find = partial(run_in_threadpool, _find_caller, resources, authorization, openai_project)
     caller = await resources.callers.get(f"{authorization}\n{openai_project}", find)
+    request.state.project_id = caller.project_id
     caller.require(needed_scope(request.method, request.url.path))
     return caller
 

@@ -116,11 +116,14 @@ def new_id(prefix: str) -> str:
 
 
 def make_engine(url: str) -> Engine:
-    """Open the database. SQLite is put in WAL mode with foreign keys and a 10 s busy timeout."""
+    """Open the database. SQLite is put in WAL mode with foreign keys and a 10 s busy timeout.
+
+    Errors do not show what was to be written or looked for: logs have them.
+    """
     if url.startswith("sqlite"):
-        engine = create_engine(url)
+        engine = create_engine(url, hide_parameters=True)
     else:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=MAX_CONNECTIONS, max_overflow=0)
+        engine = create_engine(url, pool_pre_ping=True, pool_size=MAX_CONNECTIONS, max_overflow=0, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         if engine.url.database:
             Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import FrameType
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from sqlalchemy.orm import configure_mappers
 
 from api.handlers import install_handlers
+from api.metrics.exposition import new_registry
+from api.metrics.instruments import RequestMetrics
+from api.metrics.service import DatabaseCollector
 from api.middleware import BodyLimit, RequestContext
 from api.openapi import document, operation_id
 from api.queue import TaskQueue
 from api.resources import open_resources
 from api.router import PUBLIC_ROUTES, include_routers
 from api.settings import Settings
+from api.stopping import Stopping
 from api.telemetry import configure_logging
+from api.tracing import configure_tracing, stop_tracing
 
 
 def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = None) -> FastAPI:
@@ -32,16 +34,25 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         queue: replaces the broker of the settings.
     """
     settings = settings or Settings()
-    configure_logging()
+    configure_logging(level=settings.log_level, format=settings.log_format)
+    metrics, stopping = new_registry(), Stopping()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_tracing("api")
         async with open_resources(settings, queue=queue) as resources:
             app.state.resources = resources
+            collector = DatabaseCollector(
+                resources.read_sessions, base_models=settings.base_models, engine_ttl=settings.engine_ttl
+            )
+            metrics.register(collector)
+            # Those who wait for a job would keep the server for a minute.
+            stopping.on_signal(resources.jobs.stop, delay=settings.drain_delay)
             if threading.current_thread() is threading.main_thread():  # the process is the server's
-                _on_stop_signal(resources.jobs.stop)
                 _spare_the_collector()
             yield
+            metrics.unregister(collector)
+        stop_tracing()
 
     app = FastAPIOffline(  # the page of the calls works without a network
         title="UORA",
@@ -53,6 +64,7 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         # A redirect would lose the body's method on some clients; an unknown path is a clear 404.
         redirect_slashes=False,
     )
+    app.state.metrics, app.state.stopping = metrics, stopping
     include_routers(app)
     document(app, public_routes=PUBLIC_ROUTES)
     install_handlers(app)
@@ -63,7 +75,8 @@ def create_app(settings: Settings | None = None, *, queue: TaskQueue | None = No
         max_part_bytes=settings.max_part_bytes,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
-    app.add_middleware(RequestContext)  # added last, so outermost
+    # Added last, so outermost.
+    app.add_middleware(RequestContext, metrics=RequestMetrics(metrics), stopping=stopping)
     return app
 
 
@@ -73,21 +86,3 @@ def _spare_the_collector() -> None:
     configure_mappers()
     gc.collect()
     gc.freeze()
-
-
-def _on_stop_signal(action: Callable[[], None]) -> None:
-    """Act as soon as the server is told to stop: it lets all requests end before it ends the lifespan, and those who
-    wait for a job would keep it for a minute."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        servers = signal.getsignal(number)
-        if not callable(servers):
-            continue  # it does not end its requests first, or is told in another way
-
-        def handle(
-            number: int, frame: FrameType | None, servers: Callable[[int, FrameType | None], object] = servers
-        ) -> None:
-            loop.call_soon_threadsafe(action)
-            servers(number, frame)
-
-        signal.signal(number, handle)

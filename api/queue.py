@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from celery import Celery
 
+from api import tracing
 from api.settings import Settings
 
 #: Redis hands a message out again when it is not acknowledged for so long, while the task may still run.
@@ -94,7 +95,8 @@ class CeleryQueue:
 
     def send(self, task: TaskName, job_id: str) -> None:
         """Put the message on the task's queue."""
-        self._celery.send_task(task.value, args=[job_id], queue=QUEUES[task])
+        with tracing.span(f"send {task.value}", kind="producer", uora_id=job_id):
+            self._celery.send_task(task.value, args=[job_id], queue=QUEUES[task])
 
     def waiting(self, task: TaskName) -> int:
         """Messages in the task's queue that no worker has taken yet."""

@@ -14,6 +14,7 @@ from api.files.endpoints import router as files
 from api.handlers import ErrorBody
 from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
+from api.metrics.endpoints import router as metrics
 from api.models.endpoints import router as models
 from api.permissions.endpoints import router as permissions
 from api.projects.endpoints import router as projects
@@ -25,7 +26,8 @@ from api.usage.endpoints import router as usage
 from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
-PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect"})
+#: ``/metrics`` has a token of its own instead (`api.metrics.exposition.may_read`).
+PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect"})
 
 
 def include_routers(app: FastAPI) -> None:
@@ -47,3 +49,4 @@ def include_routers(app: FastAPI) -> None:
     ):
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)
+    app.include_router(metrics)

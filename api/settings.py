@@ -126,8 +126,21 @@ class Settings(DatabaseSettings):
     stop_grace: timedelta = timedelta(seconds=2)
     #: The same for a pause or a shutdown: time to end the step and to write the state that the job goes on from.
     pause_grace: timedelta = timedelta(seconds=60)
+    #: From the moment that a server is told to stop, and its ``/readyz`` says so, until it takes no more connections:
+    #: longer than whoever shares out the requests looks for that.
+    drain_delay: timedelta = timedelta(0)
     #: Trainers lost in a row, none of which kept a later state, before a job fails as ``trainer_lost``.
     max_attempts: int = Field(default=3, ge=1)
+
+    #: The least that is logged, and how: ``auto`` is for people on a terminal and JSON elsewhere.
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    #: What reads ``/metrics`` sends as its bearer token; without one, metrics are for the machine itself.
+    metrics_token: SecretStr | None = None
+    #: Where a trainer, sweeper or webhooks process, which has no port else, answers to ``/metrics``; 0 is nowhere.
+    #: ``make up`` counts the port up, in this order.
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
 
     @model_validator(mode="after")
     def _fill_paths(self) -> Self:

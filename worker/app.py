@@ -10,19 +10,31 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from celery import Celery
-from celery.signals import beat_embedded_init, worker_shutting_down
+from celery.signals import (
+    beat_embedded_init,
+    celeryd_init,
+    setup_logging,
+    worker_init,
+    worker_shutdown,
+    worker_shutting_down,
+)
+from structlog.contextvars import bound_contextvars
 
 from api.queue import QUEUES, VISIBILITY_TIMEOUT_SECONDS, TaskName, configure_broker, is_embedded
 from api.settings import Settings
+from api.telemetry import configure_logging, is_json
+from api.tracing import configure_tracing, stop_tracing
 from worker import context
+from worker.metrics import serve_metrics, timed
 from worker.tasks import files, maintenance, training, webhooks
 
 TIDY_INTERVAL = timedelta(hours=1)
@@ -35,6 +47,13 @@ TASKS: dict[TaskName, Callable[..., None]] = {
     TaskName.TIDY: maintenance.run_tidy,
     TaskName.DELIVER: webhooks.run,
 }
+#: What log lines call the id that a message carries.
+ID_NAMES = {
+    TaskName.VALIDATE: "job_id",
+    TaskName.TRAIN: "job_id",
+    TaskName.REPORT: "report_id",
+    TaskName.DELIVER: "delivery_id",
+}
 
 
 def make_celery(settings: Settings) -> Celery:
@@ -43,8 +62,20 @@ def make_celery(settings: Settings) -> Celery:
     configure_broker(celery, settings)
     _configure(celery, settings)
     for name, run in TASKS.items():
-        celery.task(name=name.value)(run)
+        celery.task(name=name.value)(_observed(name, run))
     return celery
+
+
+def _observed(name: TaskName, run: Callable[..., None]) -> Callable[..., None]:
+    """``run``, counted, whose log lines name the task and what it is about."""
+
+    @wraps(run)
+    def observed(*ids: str) -> None:
+        about = {ID_NAMES[name]: ids[0]} if ids else {}
+        with bound_contextvars(task=name.value, **about), timed(name.value):
+            run(*ids)
+
+    return observed
 
 
 def _configure(celery: Celery, settings: Settings) -> None:
@@ -95,6 +126,32 @@ def _stop_training(**_: Any) -> None:
     context.STOPPING.set()
 
 
+def _configure_logging(**_: Any) -> None:
+    """Instead of Celery's own."""
+    settings = Settings()
+    configure_logging(level=settings.log_level, format=settings.log_format)
+
+
+def _begin_logging(instance: Any, **_: Any) -> None:
+    """Before Celery says anything; whoever reads lines of JSON cannot read its picture of itself."""
+    _configure_logging()
+    if is_json(Settings().log_format):
+        instance.quiet = True
+
+
+def _begin_telling(sender: Any, **_: Any) -> None:
+    """Before the worker runs, and apart from the beat that it may start."""
+    try:
+        serve_metrics(Settings())
+        configure_tracing(str(sender.hostname).partition("@")[0])
+    except RuntimeError as error:  # Celery would only log it
+        sys.exit(f"The worker did not start: {error}")
+
+
+def _stop_telling(**_: Any) -> None:
+    stop_tracing()
+
+
 def _leave_with_worker(**_: Any) -> None:
     """Embedded beat is a process of its own; when the worker is killed, nothing else would end it."""
     threading.Thread(target=_exit_when_orphaned, args=(os.getppid(),), daemon=True).start()
@@ -106,6 +163,10 @@ def _exit_when_orphaned(parent: int) -> None:
     os._exit(0)
 
 
+setup_logging.connect(_configure_logging)
+celeryd_init.connect(_begin_logging)
+worker_init.connect(_begin_telling)
+worker_shutdown.connect(_stop_telling)
 worker_shutting_down.connect(_stop_training)
 beat_embedded_init.connect(_leave_with_worker)
 

@@ -14,6 +14,7 @@ from api.database import now
 from api.queue import TaskName
 from api.webhooks import repository, service
 from api.webhooks.sending import send
+from worker import metrics
 from worker.context import Resources
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def deliver(held: Resources, delivery_id: str) -> None:
     sent = asyncio.run(send(message, allow_private=held.settings.webhook_allow_private))
     with held.sessions.begin() as session:
         service.record(session, claimed, sent)
+    metrics.DELIVERIES.labels(f"{sent.status_code // 100}xx" if sent.status_code else "error").inc()
     logger.info("delivery %s, attempt %d: %s", delivery_id, claimed.attempt, sent.status_code or sent.error)
 
 

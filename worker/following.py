@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from structlog.contextvars import bound_contextvars
+
 from api.jobs.integrations import Integration, WandbTarget
 from api.jobs.models import Job
 from api.jobs.repository import add_event
@@ -80,6 +82,10 @@ class WandbRun:
         self._waiting.put(exit_code)
 
     def _follow(self) -> None:
+        with bound_contextvars(job_id=self._arguments["id"]):
+            self._follow_to_the_end()
+
+    def _follow_to_the_end(self) -> None:
         try:
             self._log_all()
         except Exception as error:

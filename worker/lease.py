@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, case, false, func, or_, select, update
@@ -19,6 +19,7 @@ from api.database import database_now
 from api.jobs.models import Job, JobStatus
 from api.jobs.repository import state_step
 from api.quotas import repository as quotas
+from worker.tracing import AttemptTrace
 
 Sessions = sessionmaker[Session]
 
@@ -35,6 +36,13 @@ class Lease:
     project_id: str
     attempt: int
     owner: str
+    #: Of the request that made the job.
+    traceparent: str | None = None
+    trace: AttemptTrace = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        trace = AttemptTrace(self.traceparent, job_id=self.job_id, attempt=self.attempt)
+        object.__setattr__(self, "trace", trace)
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,19 @@ def claim(
                 started_at=func.coalesce(Job.started_at, moment),
                 estimated_finish=None,
             )
-            .returning(Job.project_id, Job.attempt)
+            .returning(Job.project_id, Job.attempt, Job.traceparent)
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if taken is None:
             return None
         rewind(session, job_id)
-        return Lease(job_id=job_id, project_id=taken.project_id, attempt=taken.attempt, owner=owner)
+        return Lease(
+            job_id=job_id,
+            project_id=taken.project_id,
+            attempt=taken.attempt,
+            owner=owner,
+            traceparent=taken.traceparent,
+        )
 
 
 def claim_companions(

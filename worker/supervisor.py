@@ -17,8 +17,9 @@ from time import monotonic, sleep
 from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
+from structlog.contextvars import bound_contextvars
 
-from worker import failures, memory
+from worker import failures, memory, metrics
 from worker.child_process import ChildProcess
 from worker.context import Resources
 from worker.failures import Failure
@@ -126,6 +127,7 @@ class _Watch:
         self._resources = resources
         self._child = child
         self._settle = settle
+        self._base_model = request.base_model
         self._shared = len(request.runs) > 1
         #: By the number that reports name.
         self._running = {
@@ -162,7 +164,8 @@ class _Watch:
         settings = self._resources.settings
         for number, run in tuple(self._running.items()):
             renewal = self._patiently(partial(renew, self._resources.sessions, run.lease, ttl=settings.lease_ttl))
-            self._obey(number, renewal)
+            with bound_contextvars(job_id=run.lease.job_id):
+                self._obey(number, renewal)
         self._next_beat = monotonic() + settings.heartbeat_interval.total_seconds()
 
     def _obey(self, number: int, renewal: Renewal) -> None:
@@ -197,6 +200,11 @@ class _Watch:
         run = self._running.get(report.run)
         if run is None:
             return  # it was told to stop, and what it did until then is nobody's
+        with bound_contextvars(job_id=run.lease.job_id):
+            self._act_on(run, report)
+
+    def _act_on(self, run: _Watched, report: Report) -> None:
+        run.lease.trace.on_report(report)
         try:
             outcome = self._record(run, report)
         except LeaseLost as lost:
@@ -217,6 +225,7 @@ class _Watch:
                 held = self._resources
                 run.followers = Followers.of(job, run.lease, held.sessions, held.settings)
             case Step():
+                metrics.STEPS.labels(self._base_model).inc()
                 self._patiently(lambda: run.progress.on_step(report))
                 run.followers.log(report.step, report.model_dump())
             case Evaluated():
@@ -230,6 +239,7 @@ class _Watch:
             case Stopped():
                 return Interrupted()
             case Done():
+                metrics.TRAINED_TOKENS.labels(self._base_model).inc(report.trained_tokens)
                 return Finished(done=report, artifact=read_stored(run.work_dir, report.file))
             case Failed():
                 self._child.log_stderr(str(run), level=_log_level(report.failure))
@@ -243,8 +253,9 @@ class _Watch:
         status = self._child.wait(self._resources.settings.stop_grace)
         if status not in _TERMINATED and any(run.stop_by is None for run in self._running.values()):
             jobs = ", ".join(str(run) for run in self._running.values())
-            self._child.log_stderr(jobs, level=logging.ERROR)
-            logger.error("%s: the training process ended with status %s", jobs, status)
+            with bound_contextvars(job_id=", ".join(run.lease.job_id for run in self._running.values())):
+                self._child.log_stderr(jobs, level=logging.ERROR)
+                logger.error("%s: the training process ended with status %s", jobs, status)
         for number, run in tuple(self._running.items()):
             self._end(number, self._ended_with_child(run, status))
 

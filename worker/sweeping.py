@@ -17,7 +17,7 @@ from api.quotas.repository import may_run
 from api.reports.repository import list_waiting
 from api.usage import repository as usage
 from api.webhooks import repository as webhooks
-from worker import failures
+from worker import failures, metrics
 from worker.context import Resources
 from worker.results import mark_cancelled, mark_failed, mark_paused
 from worker.tidying import remove_expired
@@ -88,6 +88,7 @@ def _ring_again(held: Resources) -> None:
     for task in idle:
         for row_id in due[task]:
             held.queue.send(task, row_id)
+        metrics.RINGS.labels(task.value).inc(len(due[task]))
 
 
 def _forget_engines(held: Resources) -> None:

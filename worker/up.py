@@ -176,15 +176,25 @@ def make_manager(*, host: str, port: int, settings: Settings, printer: Printer |
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     engines = plan_engines(settings)
     threads = {"UORA_TORCH_THREADS": str(threads_per_engine(settings, engines=len(engines)))}
+    processes = parse_procfile((ROOT / "Procfile").read_text()).processes
     copies: dict[str, dict[str, dict[str, str]]] = {
+        **_metrics_ports(settings, [name for name, line in processes.items() if line.startswith("celery ")]),
         "api": {"api": {"UVICORN_HOST": host, "UVICORN_PORT": str(port)}},
         "engine": {engine.name: engine.environment | threads for engine in engines},
     }
-    for process, line in parse_procfile((ROOT / "Procfile").read_text()).processes.items():
+    for process, line in processes.items():
         for name, addition in copies.get(process, {process: {}}).items():
             env = {**os.environ, "PATH": path, **addition}
             manager.add_process(name, f"exec {line}", env=env, cwd=str(ROOT))  # exec: no shell between us and it
     return manager
+
+
+def _metrics_ports(settings: Settings, processes: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """A port for each process that has none else, counted up from the one that is set."""
+    if not settings.metrics_port:
+        return {}
+    ports = enumerate(processes, start=settings.metrics_port)
+    return {process: {process: {"UORA_METRICS_PORT": str(port)}} for port, process in ports}
 
 
 def threads_per_engine(settings: Settings, *, engines: int) -> int:

@@ -14,6 +14,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from api import tracing
 from api.database import now
 from api.errors import FileNotFound
 from api.files.repository import FileRepository
@@ -77,8 +78,12 @@ class Refused(Exception):
 def validate(held: Resources, job_id: str) -> None:
     """Move a job on from ``validating_files``. A job that has moved on already is left alone."""
     job = _begin(held, job_id)
-    if job is None:
-        return
+    if job is not None:
+        with tracing.span("files.validate", parent=job.traceparent, uora_job__id=job.id):
+            _validate(held, job)
+
+
+def _validate(held: Resources, job: Job) -> None:
     try:
         checked = _check(held, job)
     except Refused as refused:

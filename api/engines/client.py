@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import structlog
 
+from api import tracing
 from api.engines.service import EngineDirectory, LiveEngine
 from api.errors import (
     ApiError,
@@ -104,7 +105,8 @@ class EngineClient:
         """The engine that took the request and its answer, which ``stack`` closes. Each engine is asked once."""
         answer: Unavailable | None = None
         lost = 0
-        for engine in await self._directory.ranked(base_model):
+        candidates = await stack.enter_async_context(aclosing(self._directory.candidates(base_model)))
+        async for engine in candidates:
             async with AsyncExitStack() as attempt:
                 attempt.enter_context(self._directory.sending(engine))
                 try:
@@ -121,7 +123,8 @@ class EngineClient:
         raise answer or _no_engine(base_model)
 
     async def _attempt(self, engine: LiveEngine, path: str, body: Mapping[str, Any], *, model: str) -> httpx.Response:
-        request = self._client.build_request("POST", engine.url + path, json=body, headers=self._headers)
+        headers = self._headers | tracing.headers() | _request_id()
+        request = self._client.build_request("POST", engine.url + path, json=body, headers=headers)
         try:
             response = await self._client.send(request, stream=True)
             if response.status_code == 200:
@@ -150,6 +153,12 @@ class EngineClient:
             return EngineUnavailable("The engine did not answer in time; try again.", code="engine_timeout")
         self._directory.suspect(engine)
         return EngineUnavailable("The engine broke off its answer; try again.", code="engine_interrupted")
+
+
+def _request_id() -> dict[str, str]:
+    """Of the request that this one is made for, so that the engine's log names it too."""
+    found = structlog.contextvars.get_contextvars().get("request_id")
+    return {} if found is None else {"x-request-id": found}
 
 
 def _no_engine(base_model: str) -> NoEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -61,17 +61,28 @@ class EngineDirectory:
         #: Engine id -> the last heartbeat before it could not be reached.
         self._suspects: dict[str, datetime] = {}
 
-    async def live(self) -> list[LiveEngine]:
-        """All live engines, as of half a second ago at most."""
+    async def live(self, *, since: float = float("-inf")) -> list[LiveEngine]:
+        """All live engines, as of half a second ago at most, and of no time before ``since`` (``time.monotonic``)."""
         async with self._reading:
-            if time.monotonic() - self._read_at > MAX_AGE_SECONDS:
+            asked_at = time.monotonic()
+            if asked_at - self._read_at > MAX_AGE_SECONDS or self._read_at < since:
                 self._engines = await run_in_threadpool(self._read)
-                self._read_at = time.monotonic()
+                self._read_at = asked_at
         return self._engines
 
-    async def ranked(self, base_model: str) -> list[LiveEngine]:
+    async def candidates(self, base_model: str) -> AsyncGenerator[LiveEngine, None]:
+        """Whom to ask one after the other, each once: those that are known, and then those that have come meanwhile."""
+        began = time.monotonic()
+        asked: set[str] = set()
+        for since in (float("-inf"), began):
+            for engine in await self.ranked(base_model, since=since):
+                if engine.id not in asked:
+                    asked.add(engine.id)
+                    yield engine
+
+    async def ranked(self, base_model: str, *, since: float = float("-inf")) -> list[LiveEngine]:
         """The live engines of a base model, the least loaded first, equals in any order; suspects come last."""
-        engines = [engine for engine in await self.live() if engine.base_model == base_model]
+        engines = [engine for engine in await self.live(since=since) if engine.base_model == base_model]
         random.shuffle(engines)
         return sorted(engines, key=lambda engine: (self._is_suspect(engine), self._load(engine)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from api.dependencies import ResourcesDep
 from api.health import service
@@ -18,8 +18,8 @@ async def healthz() -> Alive:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
-async def readyz(response: Response, resources: ResourcesDep) -> Readiness:
-    """Say whether the database answers and an engine is live; 503 if not."""
-    readiness = await service.check(resources)
+async def readyz(request: Request, response: Response, resources: ResourcesDep) -> Readiness:
+    """Say whether the database answers, an engine is live and this process stays; 503 if not."""
+    readiness = await service.check(resources, stopping=bool(request.app.state.stopping))
     response.status_code = 200 if readiness.status == "ready" else 503
     return readiness

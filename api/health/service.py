@@ -17,12 +17,14 @@ from api.resources import Resources
 log = structlog.get_logger(__name__)
 
 
-async def check(resources: Resources) -> Readiness:
-    """Ask every part that requests need."""
+async def check(resources: Resources, *, stopping: bool = False) -> Readiness:
+    """Ask every part that requests need, and say whether the process is about to end."""
     checks = {
         "database": await run_in_threadpool(_check_database, resources.read_sessions),
         "engines": await _check_engines(resources.engines, resources.settings.base_models),
     }
+    if stopping:
+        checks["process"] = Check(status="unavailable", detail="It was told to stop, and takes no more requests soon.")
     ready = all(part.status == "ok" for part in checks.values())
     return Readiness(status="ready" if ready else "not_ready", checks=checks)
 

@@ -126,6 +126,9 @@ class Job(Base, Listed):
     lease_owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
 
+    #: W3C's, of the request that made the job: whoever works on it goes on with that trace. None where nobody traces.
+    traceparent: Mapped[str | None] = mapped_column(String(55))
+
     #: Raised by every UPDATE of the row that does not set it, whoever writes it: what watchers compare.
     version: Mapped[int] = mapped_column(BigInteger, default=1, onupdate=literal_column("version") + 1)
     #: Raised by every event, see `_count_event`.

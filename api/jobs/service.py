@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import structlog
 from sqlalchemy.orm import Session
 
+from api import tracing
 from api.caller import Caller
 from api.database import new_id, now
 from api.errors import (
@@ -37,6 +40,8 @@ from api.settings import Settings
 from api.unit_of_work import UnitOfWork
 from api.webhooks import service as webhooks
 from uora.spec import HyperparameterRequest, parse_adapter
+
+log = structlog.get_logger(__name__)
 
 #: Settings of an adapter that only say how it is trained: a job that starts from a fine-tuned model may have others.
 FREE_SETTINGS = frozenset({"dropout", "tau"})
@@ -77,6 +82,8 @@ def create(
     JobRepository(work.session, caller.project_id).add(job)
     add_event(work.session, job.id, message=f"Created fine-tuning job: {job.id}")
     work.ring(TaskName.VALIDATE, job.id)
+    # Which request made which job: a worker knows the job's id alone.
+    work.on_commit(partial(log.info, "job_created", job_id=job.id, project_id=job.project_id))
     return job
 
 
@@ -353,6 +360,7 @@ def _new_job(caller: Caller, body: JobCreate, start: Start) -> Job:
         adapter=start.adapter,
         learning_rate=body.peft.learning_rate,
         options=body.training.model_dump(mode="json"),
+        traceparent=tracing.traceparent(),
         created_at=now(),
     )
 

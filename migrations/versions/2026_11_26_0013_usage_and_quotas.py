@@ -1,6 +1,6 @@
 """The usage ledger, what jobs have come to for it, and quotas of projects.
 
-Revises: 0011
+Revises: 0012
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0013"
-down_revision = "0011"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 

@@ -260,3 +260,25 @@ def test_a_whole_answer_at_once(routed: Service, start: Start) -> None:
     engine.token = "another"
     with pytest.raises(EngineUnavailable):
         asyncio.run(post("routed"))
+
+
+def test_an_engine_that_has_just_come_is_asked_where_the_known_ones_take_nothing(service: Service) -> None:
+    class Counted(EngineDirectory):
+        reads = 0
+
+        def _read(self) -> list[engines_service.LiveEngine]:
+            self.reads += 1
+            return super()._read()
+
+    async def look() -> tuple[list[str], list[str], int]:
+        directory = Counted(make_read_sessions(service.database), ttl=timedelta(seconds=5))
+        known = register_engine(service.sessions, NOWHERE, base_model="came")
+        await directory.live()
+        came = register_engine(service.sessions, f"{NOWHERE}/other", base_model="came")
+        taken = [(await anext(aiter(directory.candidates("came")))).id]
+        return [*taken, known, came], [each.id async for each in directory.candidates("came")], directory.reads
+
+    (first, known, came), asked, reads = asyncio.run(look())
+    assert first == known
+    assert asked == [known, came]
+    assert reads == 2

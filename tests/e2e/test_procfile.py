@@ -46,6 +46,12 @@ def test_a_chosen_base_model_is_served_alone() -> None:
     assert threads_per_engine(make_settings(torch_threads=3), engines=2) == 3
 
 
+def test_processes_of_a_machine_have_their_own_ports_for_metrics() -> None:
+    manager = make_manager(host="127.0.0.1", port=8000, settings=make_settings(metrics_port=9100))
+    ports = {name: process["obj"].env.get("UORA_METRICS_PORT") for name, process in manager._processes.items()}
+    assert ports == {"api": None, "engine": None, "trainer": "9100", "sweeper": "9101", "webhooks": "9102"}
+
+
 def test_engines_of_compose_can_be_many() -> None:
     engine = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["engine"]
     assert not engine.keys() & {"ports", "container_name", "hostname"}
@@ -67,7 +73,7 @@ def test_images_run_without_root_and_the_api_has_no_torch() -> None:
     stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
     final = {stage.split(" AS ")[1].split()[0]: stage for stage in stages if " AS " in stage}
     assert all("USER uora" in final[name] for name in ("api", "worker"))
-    assert "'.[api]'" in final["api"]
+    assert "'.[api,tracing]'" in final["api"]
 
 
 def test_readme_opens_with_the_commands() -> None:

@@ -47,6 +47,7 @@ class Generation:
         deadline: ``time.monotonic`` after which nobody wants it; None for no such time.
         cancelled: set from any thread; the row leaves at the next step.
         row: its adapter's, kept from when it was found resident; None takes it from the bank on joining.
+        joined_at: ``time.monotonic`` when it got its place in the batch; None while it waits.
     """
 
     prompt: Sequence[int]
@@ -58,6 +59,7 @@ class Generation:
     deadline: float | None = None
     cancelled: bool = False
     row: Row | None = None
+    joined_at: float | None = None
     generated: list[int] = field(default_factory=list)
 
 

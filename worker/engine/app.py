@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
@@ -25,15 +26,22 @@ from api.completions.engine import TokenLogprob as TokenLogprobLine
 from api.completions.responses import unless_disconnected
 from api.database import make_engine, make_sessions
 from api.errors import ClientGone
+from api.metrics.exposition import REFUSAL, exposition, may_read, new_registry
+from api.metrics.instruments import RequestMetrics
+from api.middleware import RequestContext
 from api.models.engine import BaseDescription, CheckRequest, DescribeRequest, ExportRequest
 from api.settings import Settings
+from api.stopping import Stopping
 from api.telemetry import configure_logging
+from api.tracing import configure_tracing, stop_tracing
 from uora.errors import UoraError
 from uora.serving.generation import Delta, Generation
 from uora.serving.sampling import Sampling, TokenLogprob
 from worker.engine import classify as classes
 from worker.engine import exporting, importing
 from worker.engine.errors import EngineError
+from worker.engine.metrics import EngineCollector, EngineMetrics
+from worker.engine.observing import Observed
 from worker.engine.preparing import Prepared, prepare
 from worker.engine.provenance import fingerprint, provenance
 from worker.engine.registration import Description, Registration
@@ -49,31 +57,43 @@ _LEAST_LOGPROB = -9999.0
 def create_app(settings: Settings | None = None, build: Callable[[Settings], Served] = build_runner) -> FastAPI:
     """The engine's app. The base model is loaded before the first request is taken."""
     settings = settings or Settings()
-    configure_logging()
+    configure_logging(level=settings.log_level, format=settings.log_format)
+    registry, stopping = new_registry(), Stopping()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_tracing("engine")
         runner = await run_in_threadpool(_built, build, settings)
         runner.start()
         app.state.runner = runner
+        app.state.counted = _count(runner, registry)
         registration = app.state.registration = _registration(settings, runner)
         registration.start()
+        # The server lets running answers end before it ends the lifespan: until then, nobody else is to come.
+        stopping.on_signal(registration.leave, delay=settings.drain_delay)
         yield
         await run_in_threadpool(registration.stop)
         await run_in_threadpool(runner.stop)
+        await run_in_threadpool(stop_tracing)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.cache_dir = settings.cache_dir
+    app.state.metrics, app.state.stopping = registry, stopping
+    app.state.metrics_token = settings.metrics_token
     app.state.token = settings.engine_token.get_secret_value()
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.get("/healthz")(healthz)
-    app.get("/readyz")(readyz)
-    app.post("/generate", dependencies=[Depends(_authenticate)])(generate)
+    app.get("/readyz", dependencies=[Depends(_stay)])(readyz)
+    app.get("/metrics")(metrics)
+    app.post("/generate", dependencies=[Depends(_authenticate), Depends(_stay)])(generate)
     app.post("/describe", dependencies=[Depends(_authenticate)])(describe)
     app.post("/check", dependencies=[Depends(_authenticate)])(check)
-    app.post("/export", dependencies=[Depends(_authenticate)])(export)
-    app.post("/classify", dependencies=[Depends(_authenticate)], response_model=ClassifyAnswer)(classify)
+    app.post("/export", dependencies=[Depends(_authenticate), Depends(_stay)])(export)
+    app.post("/classify", dependencies=[Depends(_authenticate), Depends(_stay)], response_model=ClassifyAnswer)(
+        classify
+    )
+    app.add_middleware(RequestContext, metrics=RequestMetrics(registry), stopping=stopping, internal=True)
     return app
 
 
@@ -83,6 +103,15 @@ def _built(build: Callable[[Settings], Served], settings: Settings) -> Served:
     except UoraError as error:  # uvicorn ends the process with exit status 3
         log.error("engine_not_started", base_model=settings.engine_base_model, code=error.code, error=error.message)
         raise
+
+
+def _count(runner: Served, registry: CollectorRegistry) -> EngineMetrics:
+    counted = EngineMetrics(registry, base_model=runner.base.name)
+    runner.classifying.on_batch = counted.on_pass
+    if isinstance(runner, Runner):
+        runner.scheduler.on_batch = counted.on_step
+    registry.register(EngineCollector(runner))
+    return counted
 
 
 def _registration(settings: Settings, runner: Served) -> Registration:
@@ -104,6 +133,16 @@ def _authenticate(request: Request) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), request.app.state.token.encode()):
         raise EngineError(401, "invalid_engine_token", "The engine token is missing or wrong; check UORA_ENGINE_TOKEN.")
+
+
+async def _stay(request: Request) -> None:
+    """Refuse what comes after the signal to stop; the api asks another engine."""
+    if request.app.state.stopping:
+        raise _stopping()
+
+
+def _stopping() -> EngineError:
+    return EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.")
 
 
 def _error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -128,7 +167,7 @@ def healthz() -> dict[str, str]:
 
 
 def readyz(request: Request) -> dict[str, str]:
-    """The base model is loaded; ``id`` is the engine's in the database."""
+    """The base model is loaded, and the engine stays; ``id`` is its own in the database."""
     base = _runner(request).base
     return {
         "status": "ok",
@@ -136,6 +175,14 @@ def readyz(request: Request) -> dict[str, str]:
         "base_model": base.name,
         "base_digest": base.digest,
     }
+
+
+def metrics(request: Request) -> Response:
+    """What the engine counts, for whoever may read it."""
+    client = request.client.host if request.client else None
+    if not may_read(request.app.state.metrics_token, client=client, headers=request.headers):
+        raise EngineError(401, "invalid_metrics_token", REFUSAL)
+    return exposition(request.app.state.metrics, accept=request.headers.get("accept", ""))
 
 
 def _runner(request: Request) -> Served:
@@ -189,16 +236,21 @@ async def classify(
         return JSONResponse(_error_body(error.code, error.message), error.status)
 
 
-async def generate(body: GenerateRequest, runner: Annotated[Runner, Depends(_text_runner)]) -> StreamingResponse:
+async def generate(
+    request: Request, body: GenerateRequest, runner: Annotated[Runner, Depends(_text_runner)]
+) -> StreamingResponse:
     """Generate answers as a stream of JSON lines (start, delta, finish, error)."""
+    received = time.monotonic()
+    counted: EngineMetrics = request.app.state.counted
     prepared = await run_in_threadpool(prepare, runner, body)
-    answers = _Answers(body, prepared)
+    answers = _Answers(body, prepared, Observed(counted, received))
     try:
         runner.scheduler.submit(answers.generations, prepared.artifact)
     except EngineBusyError as error:
         raise _busy(error) from None
     except EngineStoppedError:
-        raise EngineError(503, "engine_stopping", "The engine is shutting down; try again in a moment.") from None
+        raise _stopping() from None
+    counted.on_prompts(sum(len(prompt.ids) for prompt in prepared.prompts))
     start = Start(
         prompt_tokens=[len(prompt.ids) for prompt in prepared.prompts],
         system_fingerprint=fingerprint(runner.base.digest, prepared.manifest),
@@ -222,11 +274,13 @@ def _busy(error: EngineBusyError) -> EngineError:
 class _Answers:
     """The answers of one request, from the scheduler's thread to the response's event loop."""
 
-    def __init__(self, body: GenerateRequest, prepared: Prepared) -> None:
+    def __init__(self, body: GenerateRequest, prepared: Prepared, observed: Observed) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
         deadline = None if body.deadline_seconds is None else time.monotonic() + body.deadline_seconds
         places = list(product(prepared.prompts, range(body.n)))
+        self._observed = observed
+        self._first: dict[int, float] = {}  # when the texts of answers began
         self._echoes = [prompt.echo for prompt, _ in places]
         self.generations = [
             Generation(
@@ -244,6 +298,8 @@ class _Answers:
 
     def _emitter(self, index: int) -> Callable[[Delta | Exception], None]:
         def emit(item: Delta | Exception) -> None:
+            if index not in self._first:
+                self._first[index] = time.monotonic()
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
         return emit
@@ -259,6 +315,7 @@ class _Answers:
             while unfinished:
                 written = b""
                 for index, item in await self._arrived():
+                    self._observe(index, item)
                     if isinstance(item, Exception):
                         yield written + _line(_failure(item))
                         return
@@ -269,6 +326,11 @@ class _Answers:
         finally:
             for generation in self.generations:
                 generation.cancelled = True
+
+    def _observe(self, index: int, item: Delta | Exception) -> None:
+        if isinstance(item, Exception) or item.finish_reason:
+            generation = self.generations[index]
+            self._observed.end(generation.joined_at, self._first[index], tokens=len(generation.generated))
 
     async def _arrived(self) -> list[tuple[int, Delta | Exception]]:
         """All that has come by now, waiting for something: the answers of one step are written together."""

@@ -194,6 +194,11 @@ class Classifying(DeviceThread):
         """Adapters in memory; none before the classifier is loaded."""
         return len(self.half.bank) if self._residency is not None else 0
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of these."""
+        return self.half.bank.bytes if self._residency is not None else 0
+
     def submit(self, encoded: Sequence[Any], adapter: Row) -> Future[list[Prediction]]:
         """Queue the items of one request. Cancelling the result drops them.
 
@@ -241,6 +246,7 @@ class Classifying(DeviceThread):
         items = [item for item in items if not self._ended(item)]
         if not items:
             return
+        self.on_batch(len(items))
         found = self._forward(items)
         if isinstance(found, Exception) and len(items) == 1:
             self._fail(items[0], found)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 from uora.serving.rows import Row
+
+
+def _tell_nobody(_rows: float) -> None:
+    """Without anybody who counts."""
 
 
 class DeviceThread(ABC):
@@ -19,6 +24,8 @@ class DeviceThread(ABC):
             turn: held while it computes, by whoever else computes on the same device too.
         """
         self._turn = turn or threading.Lock()
+        #: Told how many are computed together, each time.
+        self.on_batch: Callable[[float], None] = _tell_nobody
         #: Guards and announces what waits, and that the thread is to stop.
         self._changed = threading.Condition()
         self._stopping = False

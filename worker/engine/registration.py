@@ -78,9 +78,13 @@ class Registration:
         """Register as soon as the engine answers under its address."""
         self._thread.start()
 
+    def leave(self) -> None:
+        """Have the row deleted, so that no more requests are sent here; waits for nothing."""
+        self._stopping.set()
+
     def stop(self) -> None:
         """Delete the row."""
-        self._stopping.set()
+        self.leave()
         self._thread.join()
 
     def _run(self) -> None:

@@ -67,6 +67,11 @@ class Served:
         classes = self.classifying
         return {"running": classes.running, "waiting": classes.waiting, "resident": classes.resident}
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the adapters in memory."""
+        return self.classifying.resident_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runner(Served):
@@ -110,6 +115,11 @@ class Runner(Served):
             "waiting": self.scheduler.waiting + classes["waiting"],
             "resident": len(self.bank) + classes["resident"],
         }
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the adapters in memory, of both kinds."""
+        return self.bank.bytes + super().resident_bytes
 
 
 def build_runner(settings: Settings) -> Served:

@@ -103,6 +103,7 @@ class Scheduler(DeviceThread):
                 self._end_late()
                 self._join(self._next())
                 self._end_condemned()
+                self.on_batch(len(self._running))
                 with self._turn:
                     self._batcher.step()
             except Exception as error:  # the thread outlives whatever happens in a step
@@ -154,7 +155,7 @@ class Scheduler(DeviceThread):
             try:
                 if artifact is not None:
                     generation.row = self._bank.put(artifact)
-                self._running[generation] = monotonic()
+                self._running[generation] = generation.joined_at = monotonic()
                 self._batcher.join([generation])
             except Exception as error:
                 log.exception("adapter_refused", adapter=generation.adapter)

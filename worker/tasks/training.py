@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import assert_never
 
 from sqlalchemy.exc import OperationalError
+from structlog.contextvars import bound_contextvars
 
 from api.files.repository import FileRepository
 from api.queue import TaskName
 from api.quotas import repository as quotas
 from uora.spec import TrainingSpec
-from worker import failures, results
+from worker import failures, metrics, results
 from worker.context import Resources, resources
 from worker.delivering import ring
 from worker.failures import Failure
@@ -28,6 +29,16 @@ from worker.starting import load_state, load_warm_start
 from worker.supervisor import CancelRequested, Interrupted, Outcome, Settle, TakenOver, patiently, supervise
 
 logger = logging.getLogger(__name__)
+
+
+#: What metrics and traces call an end.
+OUTCOMES: dict[type[Outcome], str] = {
+    Finished: "succeeded",
+    Failure: "failed",
+    CancelRequested: "cancelled",
+    Interrupted: "interrupted",
+    TakenOver: "lease_lost",
+}
 
 
 def run(job_id: str) -> None:
@@ -89,7 +100,10 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
 
     def settle(lease: Lease, outcome: Outcome, trained: Trained = NOTHING) -> None:
         unsettled.remove(lease)
-        _settle(held, lease, outcome, trained)
+        with bound_contextvars(job_id=lease.job_id):
+            name = _settle(held, lease, outcome, trained)
+        metrics.ATTEMPTS.labels(name).inc()
+        lease.trace.end(name)
 
     try:
         with ExitStack() as stack:
@@ -100,27 +114,37 @@ def _train(held: Resources, leases: Sequence[Lease]) -> None:
     except OperationalError:
         raise
     except Exception as error:
-        logger.exception("%s: the trainer failed", ", ".join(lease.job_id for lease in unsettled))
+        jobs = ", ".join(lease.job_id for lease in unsettled)
+        with bound_contextvars(job_id=jobs):
+            logger.exception("%s: the trainer failed", jobs)
         for lease in tuple(unsettled):
             settle(lease, failures.describe(error))
 
 
-def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -> None:
-    def write() -> None:
+def _settle(held: Resources, lease: Lease, outcome: Outcome, trained: Trained) -> str:
+    """Write down how an attempt ended; which of `OUTCOMES` that came to."""
+
+    def write() -> Outcome:
         try:
             record(held, lease, outcome, trained)
         except (LeaseLost, OperationalError):
             raise
         except Exception as error:  # a result that cannot be stored will not be storable after another training
             logger.exception("job %s: its result cannot be stored", lease.job_id)
-            record(held, lease, failures.describe(error), trained)
+            failure = failures.describe(error)
+            record(held, lease, failure, trained)
+            return failure
+        return outcome
 
     try:
-        patiently(write, patience=held.settings.lease_ttl)
+        with lease.trace.committing():
+            settled = patiently(write, patience=held.settings.lease_ttl)
         ring(held, lease.job_id)
         _ring_next(held, lease.project_id)
     except LeaseLost as lost:
         logger.warning("%s", lost)
+        return OUTCOMES[TakenOver]
+    return OUTCOMES[type(settled)]
 
 
 def _ring_next(held: Resources, project_id: str) -> None:
@@ -146,16 +170,17 @@ class _Ready:
 
 def _prepare(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack, settle: Settle) -> _Ready | None:
     """None if the job's run cannot have what it needs, which is settled."""
-    try:
-        return _ready(held, lease, work_dir / lease.job_id, stack)
-    except OperationalError:
-        raise
-    except LeaseLost:
-        settle(lease, TakenOver(), NOTHING)
-    except Exception as error:
-        logger.exception("job %s: its run cannot be prepared", lease.job_id)
-        settle(lease, failures.describe(error), NOTHING)
-    return None
+    with bound_contextvars(job_id=lease.job_id):
+        try:
+            return _ready(held, lease, work_dir / lease.job_id, stack)
+        except OperationalError:
+            raise
+        except LeaseLost:
+            settle(lease, TakenOver(), NOTHING)
+        except Exception as error:
+            logger.exception("job %s: its run cannot be prepared", lease.job_id)
+            settle(lease, failures.describe(error), NOTHING)
+        return None
 
 
 def _ready(held: Resources, lease: Lease, work_dir: Path, stack: ExitStack) -> _Ready:
