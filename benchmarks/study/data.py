@@ -70,7 +70,7 @@ def dataset(rows: Sequence[Row]) -> Dataset[Row]:
     return Dataset(tuple(rows), hashlib.sha256(repr(rows).encode()).hexdigest())
 
 
-def test_split(task: str, places: Places, *, train: int | None, test: int | None) -> Split:
+def final_split(task: str, places: Places, *, train: int | None, test: int | None) -> Split:
     """The first ``train`` rows of the train set, and the first ``test`` of the set to be scored; None for all."""
     known = _TASKS[task](places)
     return Split(known.train[:train], known.test[:test], known.references[:test])

@@ -1,0 +1,280 @@
+"""What is run: tasks with their sizes, configurations, seeds and learning rates. Everything else follows from it.
+
+A run is named by its `Run.key`, in which everything is that its result depends on; a run whose line is there is not
+made again. Learning rates are tuned for each task, method, rank and targets: the tuning runs go up and down a ladder
+of rates from a rate that suits the method until the best one has a worse one on each side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from benchmarks.study.bases import ENCODER, VISION, WRITER
+from benchmarks.study.lines import Line, Lines
+from benchmarks.study.scoring import Metric, lower_is_better
+from uora.spec import METHODS
+from uora.spec import Task as Kind
+
+Part = Literal["glue", "e2e", "chat", "images", "reinit", "choices"]
+PARTS: tuple[Part, ...] = ("glue", "e2e", "chat", "images", "reinit", "choices")
+Purpose = Literal["tune", "test"]
+Settings = tuple[tuple[str, str | int | float], ...]
+TUNING_SEED = 0
+#: Rates on each side of the first that are tried before anything is known, and the most steps away from it.
+_FIRST_REACH, _LAST_REACH = 1, 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """A method as it is set up; ``settings`` are those of the reinitialisation."""
+
+    method: str
+    r: int | None = None
+    targets: str | None = None
+    settings: Settings = ()
+
+    def adapter(self) -> dict[str, Any]:
+        """As `uora.spec.parse_adapter` takes it."""
+        return {"method": self.method, "r": self.r, "targets": self.targets} | dict(self.settings)
+
+    @property
+    def tuned(self) -> Config:
+        """Whose learning rate it takes: the same without settings of the reinitialisation."""
+        return replace(self, settings=())
+
+    @property
+    def label(self) -> str:
+        """For keys and tables."""
+        rank = f" r={self.r}" if self.r else ""
+        settings = "".join(f" {name}={value}" for name, value in self.settings)
+        return f"{self.method}{rank}{settings}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a task is used; None for all of it. ``train`` and ``epochs`` are also what one run costs."""
+
+    train: int | None
+    test: int | None
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its metric."""
+
+    name: str
+    title: str
+    part: Part
+    base: str
+    kind: Kind
+    metric: Metric
+    size: Size
+    #: Of the tuning: rows to train on, rows of train to score, epochs.
+    tuning: Size
+    batch: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the results."""
+
+    part: Part
+    task: Task
+    config: Config
+    purpose: Purpose
+    learning_rate: float
+    seed: int
+
+    @property
+    def size(self) -> Size:
+        """Of this run."""
+        return self.task.tuning if self.purpose == "tune" else self.task.size
+
+    @property
+    def key(self) -> str:
+        """Names it, and what its result depends on."""
+        size = self.size
+        rows = f"{size.train or 'all'}x{size.epochs}-{size.test or 'all'}"
+        where = f" on {self.config.targets}" if self.config.targets else ""
+        rate = f"{self.learning_rate:g}"
+        return f"{self.task.name}/{rows}/{self.config.label}{where}/rate {rate}/seed {self.seed}/{self.purpose}"
+
+
+GLUE_TARGETS = "q,v"
+WRITER_TARGETS = "all-linear"
+#: A learning rate that suits a method, from which tuning goes on.
+FIRST_RATES = {
+    "uora": 3e-2, "vera": 1e-2, "lora": 1e-3, "olora": 3e-4, "osora": 1e-2, "full": 1e-4, "head": 3e-3, "none": 1.0,
+}  # fmt: skip
+DEFAULT_RANKS = {"uora": 64, "vera": 64, "lora": 8, "olora": 8, "osora": 64}
+#: Settings of the reinitialisation beside the default, ``tau`` 1e-5 shared by all layers, which every part has.
+REINITIALISATIONS: tuple[Settings, ...] = (
+    (("tau", 0.0),),
+    (("tau", 1e-4),),
+    (("tau", 1e-3),),
+    (("tau", 1e-3), ("reinit_scope", "layer")),
+    (("tau_quantile", 0.02), ("reinit_interval", 20)),
+    (("tau_quantile", 0.02), ("reinit_interval", 20), ("reinit_scope", "layer")),
+)
+REINIT_TASKS = ("rte", "mrpc", "cola", "e2e")
+CHOICE_TASKS = ("rte", "mrpc", "cola")
+
+
+def _glue(name: str, title: str, metric: Metric, *, train: int | None, epochs: int, **more: Any) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        part="glue",
+        base=ENCODER,
+        kind="regression" if metric == "pearson_spearman" else "classification",
+        metric=metric,
+        size=Size(train, None, epochs),
+        tuning=Size(1200, 400, 3),
+        batch=16,
+        **more,
+    )
+
+
+TASKS: tuple[Task, ...] = (
+    _glue("sst2", "SST-2", "accuracy", train=6000, epochs=2),
+    _glue("mrpc", "MRPC", "accuracy_f1", train=None, epochs=3),
+    _glue("cola", "CoLA", "matthews", train=None, epochs=3),
+    _glue("rte", "RTE", "accuracy", train=None, epochs=3),
+    _glue("stsb", "STS-B", "pearson_spearman", train=None, epochs=3),
+    Task(
+        "e2e", "E2E NLG", "e2e", WRITER, "completion", "bleu",
+        size=Size(1200, 200, 1), tuning=Size(480, 96, 1), batch=16,
+    ),
+    Task(
+        "chitchat", "chitchat", "chat", WRITER, "chat", "loss",
+        size=Size(600, 200, 1), tuning=Size(320, 100, 1), batch=8, max_length=256,
+    ),
+    Task(
+        "fashion", "Fashion-MNIST", "images", VISION, "image-classification", "accuracy",
+        size=Size(2000, 1000, 2), tuning=Size(800, 400, 1), batch=16,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tasks and how much is done of each."""
+
+    tasks: tuple[Task, ...] = TASKS
+    #: Whether rates are tuned; if not, every method takes its first rate.
+    tuned: bool = True
+
+    def task(self, name: str) -> Task:
+        """By its name."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def in_part(self, part: Part) -> list[Task]:
+        """Tasks whose main table is that of the part."""
+        return [task for task in self.tasks if task.part == part]
+
+    def configs(self, task: Task) -> list[Config]:
+        """Rows of a task's main table."""
+        if task.part == "e2e":
+            compared = [Config(method, r, WRITER_TARGETS) for method in ("uora", "vera") for r in (8, 64, 256)]
+            return [Config("none"), Config("lora", 8, WRITER_TARGETS), *compared]
+        targets = WRITER_TARGETS if task.part == "chat" else GLUE_TARGETS
+        five = [Config(method, DEFAULT_RANKS[method], targets) for method in METHODS]
+        return [*five, Config("none")] if task.part == "chat" else [*five, Config("full"), Config("head")]
+
+    def wanted(self) -> list[tuple[Part, Task, Config]]:
+        """Every configuration of every table, each under the part that asks for it first."""
+        found = [(task.part, task, config) for task in self.tasks for config in self.configs(task)]
+        for task in [task for task in self.tasks if task.name in REINIT_TASKS]:
+            main = self.main(task)
+            found += [("reinit", task, replace(main, settings=settings)) for settings in REINITIALISATIONS]
+        for task in [task for task in self.tasks if task.name in CHOICE_TASKS]:
+            found += [("choices", task, config) for config in self.choices()]
+        return found
+
+    def main(self, task: Task) -> Config:
+        """UORA as a task's main table has it at its usual rank."""
+        return next(each for each in self.configs(task) if (each.method, each.r) == ("uora", DEFAULT_RANKS["uora"]))
+
+    def choices(self) -> list[Config]:
+        """What else a user may choose: other ranks, other targets."""
+        return [
+            Config("uora", 8, GLUE_TARGETS),
+            Config("uora", 256, GLUE_TARGETS),
+            Config("uora", 64, WRITER_TARGETS),
+            Config("lora", 8, WRITER_TARGETS),
+        ]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The runs that can be made now, and how many wait for a learning rate."""
+
+    runs: list[Run]
+    waiting: int
+
+
+def plan(study: Study, lines: Lines) -> Planned:
+    """All runs of the study, as far as the lines tell which learning rates they need."""
+    runs: list[Run] = []
+    waiting = 0
+    tuned: dict[tuple[str, Config], float | None] = {}
+    for part, task, config in study.wanted():
+        key = (task.name, config.tuned)
+        if key not in tuned:
+            tuning, tuned[key] = tune(study, task, config.tuned, lines)
+            runs += tuning
+        rate = tuned[key]
+        seeds = task.seeds[:1] if config.method == "none" else task.seeds
+        if rate is None:
+            waiting += len(seeds)
+        else:
+            runs += [Run(part, task, config, "test", rate, seed) for seed in seeds]
+    return Planned(runs, waiting)
+
+
+def tune(study: Study, task: Task, config: Config, lines: Lines) -> tuple[list[Run], float | None]:
+    """The tuning runs of a configuration so far, and the best rate; None as long as one is to be made."""
+    first = FIRST_RATES[config.method]
+    if config.method == "none" or not study.tuned:
+        return [], first
+    low, high = -_FIRST_REACH, _FIRST_REACH
+    while True:
+        runs = [_tuning(task, config, rung(first, step)) for step in range(low, high + 1)]
+        found = [lines.find(run.key) for run in runs]
+        if None in found:
+            return runs, None
+        best = best_of(task.metric, [line for line in found if line is not None])
+        if best == 0 and low > -_LAST_REACH:
+            low -= 1
+        elif best == len(runs) - 1 and high < _LAST_REACH:
+            high += 1
+        else:
+            return runs, runs[best].learning_rate
+
+
+def _tuning(task: Task, config: Config, rate: float) -> Run:
+    return Run(task.part, task, config, "tune", rate, TUNING_SEED)
+
+
+def best_of(metric: str, lines: Sequence[Line]) -> int:
+    """Place of the best score; of equal ones the lowest rate's, which comes first."""
+    sign = -1 if lower_is_better(metric) else 1
+    return max(range(len(lines)), key=lambda i: (sign * lines[i].score, -i))
+
+
+def rung(first: float, steps: int) -> float:
+    """The rate so many steps of a half decade (1, 3, 10, ...) away."""
+    exponent = math.floor(math.log10(first) + 1e-9)
+    place = 2 * exponent + (first / 10**exponent > 2) + steps
+    return float(f"{3 if place % 2 else 1}e{place // 2}")
+
+
+def runs_of(study: Study, part: Part, lines: Lines) -> Iterator[Run]:
+    """The planned runs of one part."""
+    return (run for run in plan(study, lines).runs if run.part == part)
