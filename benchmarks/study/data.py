@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,8 @@ FASHION_CLASSES = (
 )  # fmt: skip
 #: Messages of a conversation that are kept; the last of them is an answer.
 CHAT_MESSAGES = 8
+#: Training rows of the tasks that are used whole, for estimates.
+ALL_ROWS = {"mrpc": 3667, "cola": 8551, "rte": 2490, "stsb": 5749}
 RowT = TypeVar("RowT")
 
 
@@ -49,6 +51,8 @@ class Places:
     data: Path
     cache: Path
     fashion: Path = FASHION
+    #: The chitchat wheel; None downloads it.
+    chitchat: Path | None = None
 
     @classmethod
     def of(cls, data: Path | None, cache: Path) -> Places:
@@ -156,7 +160,7 @@ def _said(row: dict[str, str], number: int) -> CompletionRow:
 
 def _chitchat(places: Places) -> Split:
     """Conversations from their beginning; a tenth is held out, whole conversations."""
-    with zipfile.ZipFile(fetch_wheel(*CHITCHAT, places.cache)) as wheel:
+    with zipfile.ZipFile(places.chitchat or fetch_wheel(*CHITCHAT, places.cache)) as wheel:
         conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
     found = [_conversation(each["messages"], number) for number, each in enumerate(conversations.values(), start=1)]
     rows = _shuffled([row for row in found if row is not None])
@@ -218,26 +222,6 @@ _TASKS: dict[str, Callable[[Places], Split]] = {
     "chitchat": _chitchat,
     "fashion": _fashion,
 }
-
-
-def cut(split: Split, *, words: int) -> Split:
-    """Every text cut to its first words, for runs that are there to be seen running."""
-
-    def short(text: str) -> str:
-        return " ".join(text.split()[:words]) or "a"
-
-    def row(row: Row) -> Row:
-        match row:
-            case TextRow():
-                return replace(row, text=short(row.text), text_pair=row.text_pair and short(row.text_pair))
-            case CompletionRow():
-                return replace(row, prompt=short(row.prompt), completion=short(row.completion))
-            case ChatRow():
-                return replace(row, messages=tuple(replace(each, content=short(each.content)) for each in row.messages))
-            case ImageRow():
-                return row
-
-    return Split([row(each) for each in split.train], [row(each) for each in split.test], split.references)
 
 
 def fetch_wheel(requirement: str, sha256: str, cache: Path) -> Path:

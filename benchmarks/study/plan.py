@@ -8,16 +8,16 @@ of rates from a rate that suits the method until the best one has a worse one on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from benchmarks.study.bases import ENCODER, VISION, WRITER
 from benchmarks.study.lines import Line, Lines
 from benchmarks.study.scoring import Metric, lower_is_better
 from uora.spec import METHODS
 from uora.spec import Task as Kind
 
+ENCODER, WRITER, VISION = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct", "ViT-S-14"
 Part = Literal["glue", "e2e", "chat", "images", "reinit", "choices"]
 PARTS: tuple[Part, ...] = ("glue", "e2e", "chat", "images", "reinit", "choices")
 Purpose = Literal["tune", "test"]
@@ -76,6 +76,8 @@ class Task:
     #: Of the tuning: rows to train on, rows of train to score, epochs.
     tuning: Size
     batch: int
+    #: Seconds that a training row took once, for estimates before there are lines (see ``benchmarks.quality``).
+    row_seconds: float
     seeds: tuple[int, ...] = (0, 1, 2)
     max_length: int = 128
 
@@ -167,8 +169,15 @@ class Study:
     """Tasks and how much is done of each."""
 
     tasks: tuple[Task, ...] = TASKS
-    #: Whether rates are tuned; if not, every method takes its first rate.
-    tuned: bool = True
+    #: Tasks whose rates are tuned; with the others every method takes its first rate. None for all.
+    tuned: frozenset[str] | None = None
+
+    @classmethod
+    def smoke(cls) -> Study:
+        """Every row of the study, once, on a handful of examples."""
+        few = Size(8, 6, 1)
+        tasks = tuple(replace(task, size=few, tuning=few, batch=4, seeds=(0,), max_length=48) for task in TASKS)
+        return cls(tasks, frozenset({"sst2"}))
 
     def task(self, name: str) -> Task:
         """By its name."""
@@ -235,13 +244,13 @@ def plan(study: Study, lines: Lines) -> Planned:
             waiting += len(seeds)
         else:
             runs += [Run(part, task, config, "test", rate, seed) for seed in seeds]
-    return Planned(runs, waiting)
+    return Planned(list({run.key: run for run in reversed(runs)}.values())[::-1], waiting)
 
 
 def tune(study: Study, task: Task, config: Config, lines: Lines) -> tuple[list[Run], float | None]:
     """The tuning runs of a configuration so far, and the best rate; None as long as one is to be made."""
     first = FIRST_RATES[config.method]
-    if config.method == "none" or not study.tuned:
+    if config.method == "none" or (study.tuned is not None and task.name not in study.tuned):
         return [], first
     low, high = -_FIRST_REACH, _FIRST_REACH
     while True:
@@ -273,8 +282,3 @@ def rung(first: float, steps: int) -> float:
     exponent = math.floor(math.log10(first) + 1e-9)
     place = 2 * exponent + (first / 10**exponent > 2) + steps
     return float(f"{3 if place % 2 else 1}e{place // 2}")
-
-
-def runs_of(study: Study, part: Part, lines: Lines) -> Iterator[Run]:
-    """The planned runs of one part."""
-    return (run for run in plan(study, lines).runs if run.part == part)
