@@ -119,7 +119,9 @@ def _list(session: Session, only: frozenset[str]) -> None:
         print(f"{spent / 60:6.1f} min  {run.key}")
     for row, spent in seconds.items():
         print(f"{spent / 60:6.1f} min  {row}")
-    print(f"{seconds.total() / 60:6.1f} min for {len(planned.runs)} runs; {planned.waiting} more wait for learning rates.")
+    print(
+        f"{seconds.total() / 60:6.1f} min for {len(planned.runs)} runs; {planned.waiting} more wait for learning rates."
+    )
 
 
 def _row(run: Run) -> str:

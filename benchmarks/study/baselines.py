@@ -25,9 +25,7 @@ _FLOAT32_BYTES = 4
 def run(job: Job, base: LocalModel) -> Outcome:
     """Train all weights (``full``) or the head only, in float32, and score."""
     task = training_task(job.task.kind, base, dataset(job.split.train), options=job.options)
-    model = load_model(
-        base, dtype=torch.float32, device="cpu", task=job.task.kind, labels=task.labels, seed=job.seed
-    )
+    model = load_model(base, dtype=torch.float32, device="cpu", task=job.task.kind, labels=task.labels, seed=job.seed)
     in_head = sum(p.numel() for p in model.parameters() if p.requires_grad)  # as `load_model` leaves it
     if job.config.method == "full":
         model.requires_grad_(True)

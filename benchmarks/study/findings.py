@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.study.data import ALL_ROWS, SUBSET_SEED
 from benchmarks.study.markdown import NOTHING, number, paragraphs, points, rate, ratio, table
 from benchmarks.study.plan import PARTS, REINIT_TASKS, REINITIALISATIONS, TUNING_SEED, Config, Part, Size, Task
-from benchmarks.study.results import Mean, Result, Results, compare, gain
+from benchmarks.study.results import Result, Results, compare, gain
 from benchmarks.study.scoring import TITLES, lower_is_better
 
 GENERATED = "<!-- Written by `python -m benchmarks.quality report` from benchmarks/results/quality.jsonl. -->"
@@ -179,7 +179,9 @@ def reinit_sentence(results: Results) -> str:
         if control is not None and result.complete and result.hits.value > 0:
             verdict = compare(task.metric, result.mean, control.mean)
             if verdict is not None:
-                judged.append((verdict, gain(task.metric, result.mean, control.mean), f"{task.title} {result.config.label}"))
+                judged.append(
+                    (verdict, gain(task.metric, result.mean, control.mean), f"{task.title} {result.config.label}")
+                )
     if not judged:
         return "The reinitialisation: not measured yet."
     better = [what for verdict, _, what in judged if verdict == "wins"]
@@ -399,7 +401,9 @@ def _rates(results: Results) -> list[str]:
             if tried:
                 where = f" on {config.targets}" if config.targets else ""
                 scores = ", ".join(f"{rate(line.learning_rate)}: {line.score:.{_digits(task)}f}" for line in tried)
-                rows.append([task.title, config.tuned.label + where, rate(final.learning_rate) if final else NOTHING, scores])
+                rows.append(
+                    [task.title, config.tuned.label + where, rate(final.learning_rate) if final else NOTHING, scores]
+                )
     body = table(["data", "method", "taken", "tried, with the score on held-out rows of train"], rows, words=4)
     return ["## Learning rates", body if rows else "Not measured yet."]
 

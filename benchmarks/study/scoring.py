@@ -96,7 +96,9 @@ def _nist(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     words = Tokenizer13a()
     try:
         return float(
-            corpus_nist([[words(one).split() for one in each] for each in references], [words(t).split() for t in found])
+            corpus_nist(
+                [[words(one).split() for one in each] for each in references], [words(t).split() for t in found]
+            )
         )
     except ZeroDivisionError:  # no text is as long as the longest phrases that it counts
         return 0.0

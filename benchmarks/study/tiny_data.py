@@ -36,7 +36,10 @@ def _word(i: int) -> str:
 _GLUE = {
     "SST-2": ("sentence\tlabel", lambda i: f"{_word(i)} {_word(i + 1)}\t{i % 2}"),
     "CoLA": (None, lambda i: f"gj\t{i % 2}\t\t{_word(i)}"),
-    "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", lambda i: f'{i % 2}\t1\t2\t"{_word(i)}\t{_word(2 * i)}'),
+    "MRPC": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        lambda i: f'{i % 2}\t1\t2\t"{_word(i)}\t{_word(2 * i)}',
+    ),
     "RTE": (
         "index\tsentence1\tsentence2\tlabel",
         lambda i: f"{i}\t{_word(i)}\t{_word(3 * i)}\t{'not_' * (i % 2)}entailment",
