@@ -14,7 +14,7 @@ from benchmarks.study.data import dataset
 from benchmarks.study.jobs import WARMUP, Job, Outcome
 from benchmarks.study.scoring import Scores, score_labels
 from uora.data import ImageRow, Row, TextRow
-from uora.models import LocalModel, head_modules, load_image_inputs, load_model, load_text_inputs
+from uora.models import LocalModel, load_image_inputs, load_model, load_text_inputs
 from uora.serving.classification import Item
 from uora.training.tasks import Splitter, TrainingTask, training_task
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.findings import (
-    GENERATED,
-    PART_TITLES,
-    choices_table,
-    main_table,
-    reinit_sentence,
-    state,
-)
+from benchmarks.study import hits
+from benchmarks.study.findings import GENERATED, state
 from benchmarks.study.markdown import number, paragraphs, points, rate, table
 from benchmarks.study.plan import Config, Part, Study, Task
 from benchmarks.study.results import Mean, Result, Results, compare, gain
+from benchmarks.study.tables import PART_TITLES, choices_table, main_table
 from uora.spec import METHODS, UoraSpec
 
 #: What the data of a part is like.
@@ -82,8 +77,8 @@ def page(results: Results) -> str:
         state(results),
         "Everything here is measured: [results.md](results.md) has all tables, seeds and commands.",
         _choices(results),
-        "The smallest is the adapter with the fewest stored bytes whose score ties with the best one's: their difference "
-        "is not larger than both spreads over seeds together. Where you have room, take the best.",
+        "The smallest is the adapter with the fewest stored bytes whose score ties with the best one's: their "
+        "difference is not larger than both spreads over seeds together. Where you have room, take the best.",
         "![Scores against stored bytes, all methods](images/playground.svg)",
         "## Defaults of the service",
         _defaults(results),
@@ -138,7 +133,7 @@ def _defaults(results: Results) -> str:
         ["`r`", f"{spec.r}", _of_parts(results, lambda each: f"{each.config.method} {each.config.r}")],
         ["`targets`", f"`{spec.targets}`", _targets(results)],
         ["`learning_rate`", rate(spec.base_learning_rate), _uora_rates(results, study)],
-        ["`tau`", f"{spec.tau:g}", reinit_sentence(results)],
+        ["`tau`", f"{spec.tau:g}", hits.sentence(results)],
     ]
     return table(["setting", "default", "what was measured"], rows, words=3)
 
@@ -166,8 +161,8 @@ def _targets(results: Results) -> str:
         return "not measured yet"
     verdict = compare(tasks[0].metric, means[1], means[0])
     return (
-        f"{wide.label} on {', '.join(task.title for task in tasks)}: {wide.targets} {means[1].text(1)}, {narrow.targets} "
-        f"{means[0].text(1)}{f' (all-linear {verdict})' if verdict else ''}"
+        f"{wide.label} on {', '.join(task.title for task in tasks)}: {wide.targets} {means[1].text(1)}, "
+        f"{narrow.targets} {means[0].text(1)}{f' (all-linear {verdict})' if verdict else ''}"
     )
 
 

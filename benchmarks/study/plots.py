@@ -9,13 +9,14 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 # after the choice of a backend without a display
-from matplotlib.ticker import EngFormatter  # noqa: E402
+from matplotlib import pyplot as plt  # after the choice of a backend without a display
+from matplotlib.ticker import EngFormatter
 
-from benchmarks.study.findings import PART_TITLES  # noqa: E402
-from benchmarks.study.plan import REINIT_TASKS, REINITIALISATIONS, Config, Part, Task  # noqa: E402
-from benchmarks.study.results import Results, gain  # noqa: E402
-from benchmarks.study.scoring import TITLES  # noqa: E402
+from benchmarks.study import hits
+from benchmarks.study.plan import Config, Part, Task
+from benchmarks.study.results import Results
+from benchmarks.study.scoring import TITLES
+from benchmarks.study.tables import PART_TITLES
 
 _PARTS: tuple[Part, ...] = ("glue", "e2e", "chat", "images")
 #: Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -34,8 +35,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         drawn.append(
             _save(folder / f"rates-{part}.svg", len(tasks), lambda axes, tasks=tasks: _rates(results, tasks, axes))
         )  # type: ignore[misc]
-    tasks = [task for task in results.study.tasks if task.name in REINIT_TASKS]
-    drawn.append(_save(folder / "reinitialisation.svg", len(tasks), lambda axes: _hits(results, tasks, axes)))
+    tried = hits.tasks(results)
+    drawn.append(_save(folder / "reinitialisation.svg", len(tried), lambda axes: _hits(results, axes)))
     return drawn
 
 
@@ -93,20 +94,17 @@ def _style(config: Config) -> dict[str, Any]:
     return {"marker": ".", "linestyle": {8: "-", 64: "--", 256: ":"}.get(config.r or 0, "-")}
 
 
-def _hits(results: Results, tasks: Sequence[Task], axes: Sequence[Any]) -> None:
+def _hits(results: Results, axes: Sequence[Any]) -> None:
     """Each setting's hits, and its score beside the control's."""
-    for task, panel in zip(tasks, axes, strict=True):
+    for task, panel in zip(hits.tasks(results), axes, strict=True):
         panel.set(title=task.title, xlabel="hits of a job", ylabel="points over the control", xscale="symlog")
-        main = results.study.main(task)
-        control = results.complete(task, Config(main.method, main.r, main.targets, REINITIALISATIONS[0]))
-        if control is None:
-            continue
-        panel.axhspan(-(control.mean.spread or 0.0), control.mean.spread or 0.0, color="#999999", alpha=0.2)
-        for number, settings in enumerate(((), *REINITIALISATIONS[1:])):
-            result = results.complete(task, Config(main.method, main.r, main.targets, settings))
-            if result is not None:
-                over = gain(task.metric, result.mean, control.mean)
-                label = " ".join(f"{name}={value}" for name, value in settings) or "tau=1e-05 (default)"
-                panel.errorbar(
-                    result.hits.value, over, yerr=result.mean.spread or 0.0, fmt="o", color=f"C{number}", label=label
-                )
+        control = hits.find(results, task, hits.CONTROL)
+        if control is not None and control.complete:
+            spread = control.mean.spread or 0.0
+            panel.axhspan(-spread, spread, color="#999999", alpha=0.2)
+        for place, settings in enumerate((hits.DEFAULT, *hits.OTHERS)):
+            found = hits.trial(results, task, settings)
+            if found is not None:
+                mean, number = found.result.mean, found.result.hits.value
+                label = hits.setting(settings).replace("`", "")
+                panel.errorbar(number, found.gain, yerr=mean.spread or 0.0, fmt="o", color=f"C{place}", label=label)

@@ -1,4 +1,4 @@
-"""One run: train, predict, score. Adapters go the way of the service, through ``uora.training`` and ``uora.serving``."""
+"""One run: train, predict, score. Adapters go the way of the service: ``uora.training``, then ``uora.serving``."""
 
 from __future__ import annotations
 

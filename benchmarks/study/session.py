@@ -77,8 +77,7 @@ class Session:
         places, size = self.runner.bases.places, run.size
         if run.purpose == "test":
             return data.final_split(run.task.name, places, train=size.train, test=size.test)
-        assert size.train is not None and size.test is not None  # noqa: S101 # of every tuning
-        return data.tune_split(run.task.name, places, train=size.train, held_out=size.test)
+        return data.tune_split(run.task.name, places, train=size.train or 0, held_out=size.test or 0)
 
 
 def estimated_seconds(run: Run, lines: Lines) -> float:
