@@ -80,8 +80,8 @@ def _what(results: Results) -> list[str]:
         "set). Learning rates are tuned for each task, method, rank and targets on rows held out of train, with seed "
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
         "made; never on what is scored. AdamW, linear decay, warm-up over 6 % of the steps; heads at 0.001. Scores are "
-        "times 100, with the standard deviation over seeds. Trained numbers are without the head; stored bytes are with "
-        "it, in float32. Seconds are those of training steps and compare only within a machine.",
+        "times 100, with the standard deviation over seeds. Trained numbers are without the head; stored bytes are "
+        "with it, in float32. Seconds are those of training steps and compare only within a machine.",
         f"Measured on: {'; '.join(machines)}." if machines else "",
     ]
 
