@@ -258,7 +258,7 @@ def tune(study: Study, task: Task, config: Config, lines: Lines) -> tuple[list[R
         found = [lines.find(run.key) for run in runs]
         if None in found:
             return runs, None
-        best = best_of(task.metric, [line for line in found if line is not None])
+        best = best_of(task.metric, [line for line in found if line is not None], usual=-low)
         if best == 0 and low > -_LAST_REACH:
             low -= 1
         elif best == len(runs) - 1 and high < _LAST_REACH:
@@ -271,10 +271,10 @@ def _tuning(task: Task, config: Config, rate: float) -> Run:
     return Run(task.part, task, config, "tune", rate, TUNING_SEED)
 
 
-def best_of(metric: str, lines: Sequence[Line]) -> int:
-    """Place of the best score; of equal ones the lowest rate's, which comes first."""
+def best_of(metric: str, lines: Sequence[Line], *, usual: int) -> int:
+    """Place of the best score; of equal ones the nearest to the ``usual`` rate's place."""
     sign = -1 if lower_is_better(metric) else 1
-    return max(range(len(lines)), key=lambda i: (sign * lines[i].score, -i))
+    return max(range(len(lines)), key=lambda i: (sign * lines[i].score, -abs(i - usual)))
 
 
 def rung(first: float, steps: int) -> float:

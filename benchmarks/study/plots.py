@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from benchmarks.study import hits
 from benchmarks.study.plan import Config, Part, Task
@@ -65,6 +65,7 @@ def _playground(results: Results, axes: Sequence[Any]) -> None:
         metric = TITLES[tasks[0].metric] if len(tasks) == 1 else f"average of {len(tasks)} tasks"
         panel.set(title=PART_TITLES[part], xlabel="stored bytes", ylabel=metric, xscale="log")
         panel.xaxis.set_major_formatter(EngFormatter("B", sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         for config in results.study.configs(tasks[0]):
             mean = results.average(tasks, config)
             if mean is None or config.method == "none":

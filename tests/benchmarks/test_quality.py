@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.study import choosing, data, findings, hits, report, tiny_data
 from benchmarks.study.lines import Line, Lines
-from benchmarks.study.plan import PARTS, TASKS, Config, Run, Study, plan, rung, tune
+from benchmarks.study.plan import FIRST_RATES, PARTS, TASKS, Config, Run, Study, plan, rung, tune
 from benchmarks.study.results import Mean, Results, compare, gain
 from benchmarks.study.scoring import score_labels, score_texts
 from uora.data import ImageRow, TextRow
@@ -59,8 +59,6 @@ def by_method(**points: float) -> Score:
 
 
 def _first(run: Run) -> float:
-    from benchmarks.study.plan import FIRST_RATES
-
     return FIRST_RATES[run.config.method]
 
 
@@ -130,6 +128,14 @@ def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None
     for run in results.planned.runs:
         if run.part == "reinit" and run.task.name == "rte":
             assert run.learning_rate == rates[run.config.method, run.config.r, run.config.targets]
+
+
+def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
+    study, lines = Study(), Lines()
+    task, config = study.task("rte"), Config("lora", 8, "q,v")
+    for run in tune(study, task, config, lines)[0]:
+        lines.add(line(run, 50.0))
+    assert tune(study, task, config, lines)[1] == 1e-3
 
 
 # --- lines
