@@ -73,6 +73,7 @@ def _what(results: Results) -> list[str]:
     ]
     header = ["data", "base model", "trained on", "scored", "batch", "seeds", "tuned on", "metric"]
     machines = sorted({f"{line.machine}, {line.threads} threads, {line.dtype}" for line in results.lines.all()})
+    timed = "{}, {} threads".format(*results.clock) if machines else ""
     return [
         table(header, rows, words=len(header)),
         f"Subsets are the first rows of the official train set in the order of seed {SUBSET_SEED}; GLUE is scored on "
@@ -81,8 +82,8 @@ def _what(results: Results) -> list[str]:
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
         "made; never on what is scored. AdamW, linear decay, warm-up over 6 % of the steps; heads at 0.001. Scores are "
         "times 100, with the standard deviation over seeds. Trained numbers are without the head; stored bytes are "
-        "with it, in float32. Seconds are those of training steps and compare only within a machine.",
-        f"Measured on: {'; '.join(machines)}." if machines else "",
+        "with it, in float32. Seconds are those of training steps.",
+        f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}." if machines else "",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,15 @@ def compare(metric: str, a: Mean, b: Mean) -> Verdict | None:
     return "wins" if difference > 0 else "loses"
 
 
+#: A machine and its threads: only seconds that were measured with the same are compared.
+Clock = tuple[str, int]
+
+
+def clock_of(line: Line) -> Clock:
+    """What a line's seconds were measured with."""
+    return line.machine, line.threads
+
+
 @dataclass(frozen=True)
 class Result:
     """A configuration on a task. ``planned`` seeds are wanted; ``lines`` are those that are there."""
@@ -92,11 +102,11 @@ class Result:
         """With the head."""
         return max(line.stored_bytes for line in self.lines)
 
-    @property
-    def seconds_per_thousand(self) -> float | None:
-        """Seconds of training for 1,000 tokens, or images; None where nothing was trained."""
-        units = sum(line.tokens or line.rows * line.epochs for line in self.lines if line.steps)
-        return 1000 * sum(line.seconds for line in self.lines) / units if units else None
+    def seconds_per_thousand(self, clock: Clock) -> float | None:
+        """Seconds of training for 1,000 tokens, or images, by one clock; None where nothing was trained by it."""
+        lines = [line for line in self.lines if line.steps and clock_of(line) == clock]
+        units = sum(line.tokens or line.rows * line.epochs for line in lines)
+        return 1000 * sum(line.seconds for line in lines) / units if units else None
 
     @property
     def hits(self) -> Mean:
@@ -120,6 +130,11 @@ class Results:
     def planned(self) -> Planned:
         """Runs that the study has as far as is known, made or not."""
         return plan(self.study, self.lines)
+
+    @cached_property
+    def clock(self) -> Clock:
+        """That of most lines."""
+        return Counter(map(clock_of, self.lines.all())).most_common(1)[0][0]
 
     @cached_property
     def _runs(self) -> dict[tuple[str, Config], list[Run]]:

@@ -45,7 +45,8 @@ def _some(results: Results, tasks: Sequence[Task], config: Config) -> list[Resul
 def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
     found = [results.find(task, config) for task in tasks]
     some = [each for each in found if each is not None]
-    seconds = [each.seconds_per_thousand for each in some if each.seconds_per_thousand is not None]
+    timed = [each.seconds_per_thousand(results.clock) for each in some]
+    seconds = [each for each in timed if each is not None]
     mean = results.average(tasks, config)
     average = [mean.text(1) if mean else NOTHING] if len(tasks) > 1 else []
     return [
