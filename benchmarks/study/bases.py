@@ -37,9 +37,9 @@ class Bases:
             self._found[name] = self._real(name) if self.tiny_in is None else self._tiny(name, self.tiny_in)
         return self._found[name]
 
-    def dtype(self, name: str) -> torch.dtype:
-        """bfloat16 for the large one where the processor computes in it, as the service does; float32 for the rest."""
-        return pick_dtype("auto") if name == WRITER and self.tiny_in is None else torch.float32
+    def dtype(self) -> torch.dtype:
+        """As the service does it: bfloat16 where the processor computes in it. float32 for tiny ones."""
+        return pick_dtype("auto") if self.tiny_in is None else torch.float32
 
     def _real(self, name: str) -> LocalModel:
         source = f"path:{_vision(self.places)}" if name == VISION else f"known:{name}"

@@ -39,8 +39,6 @@ FASHION_CLASSES = (
 )  # fmt: skip
 #: Messages of a conversation that are kept; the last of them is an answer.
 CHAT_MESSAGES = 8
-#: Training rows of the tasks that are used whole, for estimates.
-ALL_ROWS = {"mrpc": 3667, "cola": 8551, "rte": 2490, "stsb": 5749}
 RowT = TypeVar("RowT")
 
 

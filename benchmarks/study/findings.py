@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.study import hits
-from benchmarks.study.data import ALL_ROWS, SUBSET_SEED
+from benchmarks.study.data import SUBSET_SEED
 from benchmarks.study.markdown import NOTHING, number, paragraphs, rate, table
-from benchmarks.study.plan import PARTS, TUNING_SEED, Config, Part, Size, Task
+from benchmarks.study.plan import PARTS, TUNING_SEED, Config, Part, Size
 from benchmarks.study.results import Results
 from benchmarks.study.scoring import TITLES
 from benchmarks.study.tables import PART_TITLES, choices_table, digits, main_table
@@ -62,11 +62,11 @@ def _what(results: Results) -> list[str]:
         [
             task.title,
             task.base,
-            _amount(task, task.size),
+            _amount(task.size),
             number(task.size.test) if task.size.test else "all",
             str(task.batch),
             ", ".join(map(str, task.seeds)),
-            f"{_amount(task, task.tuning)}; {task.tuning.test} held out",
+            f"{_amount(task.tuning)}; {task.tuning.test} held out",
             TITLES[task.metric],
         ]
         for task in results.study.tasks
@@ -80,16 +80,17 @@ def _what(results: Results) -> list[str]:
         "the official dev set, E2E on meanings of its test set with all their references (it is trained on its dev "
         "set). Learning rates are tuned for each task, method, rank and targets on rows held out of train, with seed "
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
-        "made; never on what is scored. AdamW, linear decay, warm-up over 6 % of the steps; heads at 0.001. Scores are "
+        "made; never on what is scored. AdamW, linear decay, warm-up over 6 % of the steps; adapters' heads "
+        "at 0.001. Adapters are trained as the service does it, over a base model in bfloat16 where the processor "
+        "computes in it; full fine-tuning and heads alone are in float32. Scores are "
         "times 100, with the standard deviation over seeds. Trained numbers are without the head; stored bytes are "
         "with it, in float32. Seconds are those of training steps.",
         f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}." if machines else "",
     ]
 
 
-def _amount(task: Task, size: Size) -> str:
-    rows = f"{size.train:,}" if size.train else f"all {ALL_ROWS[task.name]:,}"
-    return f"{rows} rows, {size.epochs} epoch{'s' if size.epochs > 1 else ''}"
+def _amount(size: Size) -> str:
+    return f"{size.train:,} rows, {size.epochs} epoch{'s' if size.epochs > 1 else ''}"
 
 
 def _part(results: Results, part: Part) -> list[str]:

@@ -67,7 +67,7 @@ class Session:
             tokens=outcome.tokens,
             steps=outcome.steps,
             hits=outcome.hits,
-            dtype=str(self.runner.bases.dtype(run.task.base)).removeprefix("torch."),
+            dtype=outcome.dtype,
             threads=torch.get_num_threads(),
             machine=machine(),
             command=f"python -m benchmarks.quality --run {shlex.quote(run.key)}",
@@ -77,12 +77,12 @@ class Session:
         places, size = self.runner.bases.places, run.size
         if run.purpose == "test":
             return data.final_split(run.task.name, places, train=size.train, test=size.test)
-        return data.tune_split(run.task.name, places, train=size.train or 0, held_out=size.test or 0)
+        return data.tune_split(run.task.name, places, train=size.train, held_out=size.test or 0)
 
 
 def estimated_seconds(run: Run, lines: Lines) -> float:
     """Of the same task and method if there is a line, of the same task if not, else as measured once."""
-    rows = (run.size.train or data.ALL_ROWS[run.task.name]) * run.size.epochs
+    rows = run.size.train * run.size.epochs
     same_task = [line for line in lines.all() if line.task == run.task.name and line.tokens + line.steps]
     same = [line for line in same_task if line.method == run.config.method] or same_task
     if not same or run.config.method == "none":
