@@ -38,7 +38,7 @@ FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 #: Messages of a conversation that are kept; the last of them is an answer.
-CHAT_MESSAGES = 8
+CHAT_MESSAGES = 6
 RowT = TypeVar("RowT")
 
 

@@ -143,11 +143,11 @@ def _glue(name: str, title: str, metric: Metric, *, train: int, batch: int, row_
 
 
 TASKS: tuple[Task, ...] = (
-    _glue("sst2", "SST-2", "accuracy", train=3000, batch=16, row_seconds=0.006),
-    _glue("mrpc", "MRPC", "accuracy_f1", train=1600, batch=16, row_seconds=0.021),
-    _glue("cola", "CoLA", "matthews", train=3200, batch=16, row_seconds=0.006),
-    _glue("rte", "RTE", "accuracy", train=1600, batch=16, row_seconds=0.026),
-    _glue("stsb", "STS-B", "pearson_spearman", train=2000, batch=16, row_seconds=0.013),
+    _glue("sst2", "SST-2", "accuracy", train=2400, batch=16, row_seconds=0.006),
+    _glue("mrpc", "MRPC", "accuracy_f1", train=1500, batch=16, row_seconds=0.021),
+    _glue("cola", "CoLA", "matthews", train=2800, batch=16, row_seconds=0.006),
+    _glue("rte", "RTE", "accuracy", train=1500, batch=16, row_seconds=0.026),
+    _glue("stsb", "STS-B", "pearson_spearman", train=1800, batch=16, row_seconds=0.013),
     Task(
         name="e2e",
         title="E2E NLG",
@@ -155,10 +155,10 @@ TASKS: tuple[Task, ...] = (
         base=WRITER,
         kind="completion",
         metric="bleu",
-        size=Size(512, 120, 1),
-        tuning=Size(256, 64, 1),
+        size=Size(448, 120, 1),
+        tuning=Size(192, 48, 1),
         batch=8,
-        row_seconds=0.25,
+        row_seconds=0.22,
     ),
     Task(
         name="chitchat",
@@ -167,10 +167,10 @@ TASKS: tuple[Task, ...] = (
         base=WRITER,
         kind="chat",
         metric="loss",
-        size=Size(240, 100, 1),
-        tuning=Size(120, 60, 1),
+        size=Size(200, 80, 1),
+        tuning=Size(96, 48, 1),
         batch=4,
-        row_seconds=0.5,
+        row_seconds=0.55,
         max_length=256,
     ),
     Task(
@@ -180,7 +180,7 @@ TASKS: tuple[Task, ...] = (
         base=VISION,
         kind="image-classification",
         metric="accuracy",
-        size=Size(1200, 600, 2),
+        size=Size(1000, 500, 2),
         tuning=Size(500, 300, 1),
         batch=16,
         row_seconds=0.035,
