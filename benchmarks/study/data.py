@@ -79,11 +79,16 @@ def final_split(task: str, places: Places, *, train: int | None, test: int | Non
 
 
 def tune_split(task: str, places: Places, *, train: int, held_out: int) -> Split:
-    """The first rows of the train set to train on, and its last ones to choose a learning rate by."""
+    """The first rows of the train set to train on, and its last ones to choose a learning rate by.
+
+    A prompt that is trained on is not held out: E2E has several texts for each.
+    """
     rows = _TASKS[task](places).train
-    if train + held_out > len(rows):
-        sys.exit(f"{task} has {len(rows)} training rows; tuning needs {train} + {held_out}.")
-    held = rows[len(rows) - held_out :]
+    learned = {row.prompt for row in rows[:train] if isinstance(row, CompletionRow)}
+    others = [row for row in rows[train:] if not (isinstance(row, CompletionRow) and row.prompt in learned)]
+    if len(others) < held_out:
+        sys.exit(f"{task} has {len(rows)} training rows; tuning needs {train} and {held_out} others.")
+    held = others[-held_out:]
     return Split(rows[:train], held, [[row.completion] for row in held if isinstance(row, CompletionRow)])
 
 

@@ -14,7 +14,7 @@ from benchmarks.study.lines import Line, Lines
 from benchmarks.study.plan import FIRST_RATES, PARTS, TASKS, Config, Run, Study, plan, rung, tune
 from benchmarks.study.results import Mean, Results, compare, gain
 from benchmarks.study.scoring import score_labels, score_texts
-from uora.data import ImageRow, TextRow
+from uora.data import CompletionRow, ImageRow, TextRow
 from worker.up import ROOT
 
 Score = Callable[[Run], float]
@@ -193,6 +193,15 @@ def test_every_reference_of_a_meaning_is_kept(tmp_path: Path) -> None:
     file.write_text('mr,ref\n"a[1]",one\n"b[2]",two\n"a[1]",uno\n')
     split = data.final_split("e2e", places, train=None, test=None)
     assert sorted(map(sorted, split.references)) == [["one", "uno"], ["two"]]
+
+
+def test_what_is_held_out_asks_for_nothing_that_was_trained(tmp_path: Path) -> None:
+    places = tiny_data.write(tmp_path)
+    (places.data / "e2e" / "devset.csv").write_text("mr,ref\n" + "".join(f"a[{i % 5}],one {i}\n" for i in range(20)))
+    tuned = data.tune_split("e2e", places, train=2, held_out=4)
+    prompts = [{row.prompt for row in rows if isinstance(row, CompletionRow)} for rows in (tuned.train, tuned.test)]
+    assert len(tuned.test) == len(tuned.references) == 4
+    assert not prompts[0] & prompts[1]
 
 
 def test_images_keep_their_classes(tmp_path: Path) -> None:
