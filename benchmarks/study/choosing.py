@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.study import hits
 from benchmarks.study.findings import GENERATED, state
 from benchmarks.study.markdown import number, paragraphs, points, rate, table
-from benchmarks.study.plan import Config, Part, Study, Task
+from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Study, Task
 from benchmarks.study.results import Mean, Result, Results, compare, gain
 from benchmarks.study.tables import PART_TITLES, choices_table, main_table
 from uora.spec import METHODS, UoraSpec
@@ -154,8 +154,7 @@ def _targets(results: Results) -> str:
     choices = results.study.choices()
     wide = next(each for each in choices if (each.method, each.targets) == ("uora", "all-linear"))
     narrow = Config(wide.method, wide.r, "q,v")
-    names = {task.name for part, task, _ in results.study.wanted() if part == "choices"}
-    tasks = [task for task in results.study.tasks if task.name in names]
+    tasks = [task for task in results.study.tasks if task.name in CHOICE_TASKS]
     means = [results.average(tasks, config) for config in (narrow, wide)]
     if means[0] is None or means[1] is None:
         return "not measured yet"

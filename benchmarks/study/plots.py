@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,16 @@ _COLOURS = {
     "uora": "#d55e00", "vera": "#0072b2", "lora": "#009e73", "olora": "#56b4e9", "osora": "#cc79a7",
     "full": "#000000", "head": "#999999", "none": "#999999",
 }  # fmt: skip
-_SVG = {"svg.hashsalt": "uora", "svg.fonttype": "none", "font.size": 9.0}
+_SVG: Any = {"svg.hashsalt": "uora", "svg.fonttype": "none", "font.size": 9.0}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """All plots; one for which nothing was measured says so."""
-    drawn = [_save(folder / "playground.svg", len(_PARTS), lambda axes: _playground(results, axes))]
+    drawn = [_save(folder / "playground.svg", len(_PARTS), partial(_playground, results))]
     for part in _PARTS:
         tasks = results.study.in_part(part)
-        drawn.append(
-            _save(folder / f"rates-{part}.svg", len(tasks), lambda axes, tasks=tasks: _rates(results, tasks, axes))
-        )  # type: ignore[misc]
-    tried = hits.tasks(results)
-    drawn.append(_save(folder / "reinitialisation.svg", len(tried), lambda axes: _hits(results, axes)))
+        drawn.append(_save(folder / f"rates-{part}.svg", len(tasks), partial(_rates, results, tasks)))
+    drawn.append(_save(folder / "reinitialisation.svg", len(hits.tasks(results)), partial(_hits, results)))
     return drawn
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 Metric = Literal["accuracy", "accuracy_f1", "matthews", "pearson_spearman", "bleu", "loss"]
 #: What a metric is called in a table, and whether more of it is better.
@@ -76,7 +76,7 @@ def score_texts(found: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
 
     most = max(map(len, references))
     # sacrebleu wants as many references of each; None is none.
-    columns = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
+    columns: Any = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
     rouge = RougeScorer(["rougeL"])
     best = [
         max(rouge.score(reference, text)["rougeL"].fmeasure for reference in each)
@@ -93,7 +93,7 @@ def _nist(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     from nltk.translate.nist_score import corpus_nist
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    words = Tokenizer13a()
+    words: Any = Tokenizer13a()  # has no types
     try:
         return float(
             corpus_nist(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.study.markdown import NOTHING, number, table
-from benchmarks.study.plan import Config, Part, Task
+from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Task
 from benchmarks.study.results import Result, Results
 from benchmarks.study.scoring import TITLES, lower_is_better
 
@@ -80,11 +80,8 @@ def digits(task: Task) -> int:
 
 def choices_table(results: Results) -> str:
     """Other ranks and targets beside the main rows; empty if nothing is there."""
-    tasks = [task for task in results.study.tasks if any(run.part == "choices" for run in _runs_on(results, task))]
-    if not tasks:
-        return ""
-    first = tasks[0]
-    configs = [results.study.main(first), named(results, first, "lora"), *results.study.choices()]
+    tasks = [task for task in results.study.tasks if task.name in CHOICE_TASKS]
+    configs = [results.study.main(tasks[0]), named(results, tasks[0], "lora"), *results.study.choices()]
     rows = [
         [f"{config.label}, {config.targets}", *_row(results, tasks, config)[1:]]
         for config in configs
@@ -92,10 +89,6 @@ def choices_table(results: Results) -> str:
     ]
     header = ["method, targets", *(task.title for task in tasks), "average", "trained numbers", "stored bytes"]
     return table([*header, "seconds per 1,000 tokens"], rows) if rows else ""
-
-
-def _runs_on(results: Results, task: Task) -> list[object]:
-    return [run for run in results.planned.runs if run.task == task]
 
 
 def named(results: Results, task: Task, method: str) -> Config:
