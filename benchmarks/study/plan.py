@@ -100,9 +100,9 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Names it, and what its result depends on."""
+        """Names it, and what its result depends on: rows, epochs and batch, rows scored, configuration, rate, seed."""
         size = self.size
-        rows = f"{size.train}x{size.epochs}-{size.test or 'all'}"
+        rows = f"{size.train}x{size.epochs} of {self.task.batch}, {size.test or 'all'}"
         where = f" on {self.config.targets}" if self.config.targets else ""
         rate = f"{self.learning_rate:g}"
         return f"{self.task.name}/{rows}/{self.config.label}{where}/rate {rate}/seed {self.seed}/{self.purpose}"

@@ -77,6 +77,7 @@ def test_keys_are_of_one_run_each_and_name_what_matters() -> None:
         replace(run, purpose="test"),
         replace(run, config=replace(run.config, settings=(("tau", 0.5),))),
         replace(run, config=replace(run.config, targets="all-linear")),
+        replace(run, task=replace(run.task, batch=9)),
         replace(run, task=replace(run.task, tuning=replace(run.task.tuning, epochs=9))),
     ):
         assert other.key != run.key
