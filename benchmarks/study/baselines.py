@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.study.data import dataset
@@ -26,11 +27,12 @@ def run(job: Job, base: LocalModel) -> Outcome:
     """Train all weights (``full``) or the head only, in float32, and score."""
     task = training_task(job.task.kind, base, dataset(job.split.train), options=job.options)
     model = load_model(base, dtype=torch.float32, device="cpu", task=job.task.kind, labels=task.labels, seed=job.seed)
-    in_head = sum(p.numel() for p in model.parameters() if p.requires_grad)  # as `load_model` leaves it
+    head = {parameter for parameter in model.parameters() if parameter.requires_grad}  # as `load_model` leaves it
+    in_head = sum(parameter.numel() for parameter in head)
     if job.config.method == "full":
         model.requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    seconds, trainer = _train(job, model, task)
+    seconds, trainer = _train(job, model, task, head)
     found = list(_predict(job, model.eval(), base, task.labels))
     expected = [cast(TextRow | ImageRow, row).label for row in job.split.test]
     return Outcome(
@@ -59,7 +61,7 @@ class _InPieces(Trainer):
         return total
 
 
-def _train(job: Job, model: PreTrainedModel, task: TrainingTask) -> tuple[float, Trainer]:
+def _train(job: Job, model: PreTrainedModel, task: TrainingTask, head: set[nn.Parameter]) -> tuple[float, Trainer]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = _InPieces(
             pieces=task.splitter(model, packing=False),
@@ -86,11 +88,20 @@ def _train(job: Job, model: PreTrainedModel, task: TrainingTask) -> tuple[float,
             train_dataset=cast(Any, task.examples(dataset(job.split.train))),
             data_collator=task.collate,
             compute_loss_func=task.loss,
+            optimizers=(_optimizer(job, model, head), None),
         )
         trainer.remove_callback(PrinterCallback)
         begun = time.perf_counter()
         trainer.train()
         return time.perf_counter() - begun, trainer
+
+
+def _optimizer(job: Job, model: PreTrainedModel, head: set[nn.Parameter]) -> torch.optim.Optimizer:
+    """The Trainer's own, with the head's rate for the head."""
+    rest = [each for each in model.parameters() if each.requires_grad and each not in head]
+    in_head = [each for each in model.parameters() if each in head]
+    groups = [{"params": in_head, "lr": job.head_rate or job.learning_rate}, {"params": rest, "lr": job.learning_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
 @torch.inference_mode()

@@ -23,13 +23,19 @@ class Job:
     learning_rate: float
     epochs: int
     seed: int
+    head_rate: float | None = None
 
     @property
     def options(self) -> TrainingOptions:
         """How rows are cut, and the course of the learning rate; an evaluation after the last step only."""
         cut = {} if self.task.kind == "image-classification" else {"max_length": self.task.max_length}
         return TrainingOptions(
-            overlong="truncate", warmup_ratio=WARMUP, save_steps=1_000_000, eval_steps=1_000_000, **cut
+            overlong="truncate",
+            warmup_ratio=WARMUP,
+            save_steps=1_000_000,
+            eval_steps=1_000_000,
+            head_learning_rate=self.head_rate,
+            **cut,
         )
 
     def training_spec(self) -> TrainingSpec:

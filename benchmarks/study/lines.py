@@ -40,6 +40,7 @@ class Line:
     purpose: str
     seed: int
     learning_rate: float
+    head_learning_rate: float | None
     epochs: int
     batch: int
     rows: int

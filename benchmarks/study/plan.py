@@ -2,14 +2,15 @@
 
 A run is named by its `Run.key`, in which everything is that its result depends on; a run whose line is there is not
 made again. Learning rates are tuned for each task, method, rank and targets: the tuning runs go up and down a ladder
-of rates from a rate that suits the method until the best one has a worse one on each side.
+of rates from a rate that suits the method until the best one has a worse one on each side. The head of a task takes
+the rate that was the best for a head alone, whatever is trained beside it, so that no method waits for its head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.study.lines import Line, Lines
@@ -81,6 +82,11 @@ class Task:
     seeds: tuple[int, ...] = (0, 1, 2)
     max_length: int = 128
 
+    @property
+    def has_head(self) -> bool:
+        """Whether a head is trained."""
+        return self.kind not in ("chat", "completion")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -92,6 +98,8 @@ class Run:
     purpose: Purpose
     learning_rate: float
     seed: int
+    #: Of the head beside an adapter or all weights; None where there is none, or nothing but a head.
+    head_rate: float | None = None
 
     @property
     def size(self) -> Size:
@@ -104,7 +112,7 @@ class Run:
         size = self.size
         rows = f"{size.train}x{size.epochs} of {self.task.batch}, {size.test or 'all'}"
         where = f" on {self.config.targets}" if self.config.targets else ""
-        rate = f"{self.learning_rate:g}"
+        rate = f"{self.learning_rate:g}" + (f", head {self.head_rate:g}" if self.head_rate else "")
         return f"{self.task.name}/{rows}/{self.config.label}{where}/rate {rate}/seed {self.seed}/{self.purpose}"
 
 
@@ -114,6 +122,7 @@ WRITER_TARGETS = "all-linear"
 FIRST_RATES = {
     "uora": 3e-2, "vera": 1e-2, "lora": 1e-3, "olora": 3e-4, "osora": 1e-2, "full": 1e-4, "head": 3e-3, "none": 1.0,
 }  # fmt: skip
+HEAD = Config("head")
 DEFAULT_RANKS = {"uora": 64, "vera": 64, "lora": 8, "olora": 8, "osora": 64}
 #: Settings of the reinitialisation beside the default, ``tau`` 1e-5 shared by all layers, which every part has.
 REINITIALISATIONS: tuple[Settings, ...] = (
@@ -218,7 +227,7 @@ class Study:
             return [Config("none"), Config("lora", 8, WRITER_TARGETS), *compared]
         targets = WRITER_TARGETS if task.part == "chat" else GLUE_TARGETS
         five = [Config(method, DEFAULT_RANKS[method], targets) for method in METHODS]
-        return [*five, Config("none")] if task.part == "chat" else [*five, Config("full"), Config("head")]
+        return [*five, Config("none")] if task.part == "chat" else [*five, Config("full"), HEAD]
 
     def wanted(self) -> list[tuple[Part, Task, Config]]:
         """Every configuration of every table, each under the part that asks for it first."""
@@ -253,31 +262,50 @@ class Planned:
 
 def plan(study: Study, lines: Lines) -> Planned:
     """All runs of the study, as far as the lines tell which learning rates they need."""
+    tuner = _Tuner(study, lines)
     runs: list[Run] = []
     waiting = 0
-    tuned: dict[tuple[str, Config], float | None] = {}
     for part, task, config in study.wanted():
-        key = (task.name, config.tuned)
-        if key not in tuned:
-            tuning, tuned[key] = tune(study, task, config.tuned, lines)
-            runs += tuning
-        rate = tuned[key]
         seeds = task.seeds[:1] if config.method == "none" else task.seeds
+        head_rate = tuner.rate(task, HEAD) if task.has_head and config != HEAD else None
+        known = config == HEAD or not task.has_head or head_rate is not None
+        rate = tuner.rate(task, config.tuned, head_rate) if known else None
         if rate is None:
             waiting += len(seeds)
         else:
-            runs += [Run(part, task, config, "test", rate, seed) for seed in seeds]
-    return Planned(list({run.key: run for run in reversed(runs)}.values())[::-1], waiting)
+            runs += [Run(part, task, config, "test", rate, seed, head_rate) for seed in seeds]
+    return Planned(list({run.key: run for run in [*tuner.runs, *runs]}.values()), waiting)
 
 
-def tune(study: Study, task: Task, config: Config, lines: Lines) -> tuple[list[Run], float | None]:
+@dataclass
+class _Tuner:
+    """Rates as far as the lines tell them, each looked for once; ``runs`` are those that tell them."""
+
+    study: Study
+    lines: Lines
+    runs: list[Run] = field(default_factory=list)
+    _rates: dict[tuple[str, Config], float | None] = field(default_factory=dict)
+
+    def rate(self, task: Task, config: Config, head_rate: float | None = None) -> float | None:
+        """The best of a configuration; None as long as a run is to be made for it."""
+        key = (task.name, config)
+        if key not in self._rates:
+            runs, self._rates[key] = tune(self.study, task, config, self.lines, head_rate=head_rate)
+            self.runs += runs
+        return self._rates[key]
+
+
+def tune(
+    study: Study, task: Task, config: Config, lines: Lines, *, head_rate: float | None = None
+) -> tuple[list[Run], float | None]:
     """The tuning runs of a configuration so far, and the best rate; None as long as one is to be made."""
     first = FIRST_RATES[config.method]
     if config.method == "none" or (study.tuned is not None and task.name not in study.tuned):
         return [], first
     low, high = -_FIRST_REACH, _FIRST_REACH
     while True:
-        runs = [_tuning(task, config, rung(first, step)) for step in range(low, high + 1)]
+        rates = [rung(first, step) for step in range(low, high + 1)]
+        runs = [Run(task.part, task, config, "tune", rate, TUNING_SEED, head_rate) for rate in rates]
         found = [lines.find(run.key) for run in runs]
         if None in found:
             return runs, None
@@ -288,10 +316,6 @@ def tune(study: Study, task: Task, config: Config, lines: Lines) -> tuple[list[R
             high += 1
         else:
             return runs, runs[best].learning_rate
-
-
-def _tuning(task: Task, config: Config, rate: float) -> Run:
-    return Run(task.part, task, config, "tune", rate, TUNING_SEED)
 
 
 def best_of(metric: str, lines: Sequence[Line], *, usual: int) -> int:

@@ -37,7 +37,7 @@ class Session:
         """Run it."""
         begun = time.perf_counter()
         split = self._split(run)
-        job = Job(run.task, run.config, split, run.learning_rate, run.size.epochs, run.seed)
+        job = Job(run.task, run.config, split, run.learning_rate, run.size.epochs, run.seed, run.head_rate)
         outcome = self.runner.run(job)
         metric = run.task.metric
         return Line(
@@ -52,6 +52,7 @@ class Session:
             purpose=run.purpose,
             seed=run.seed,
             learning_rate=run.learning_rate,
+            head_learning_rate=run.head_rate,
             epochs=run.size.epochs,
             batch=run.task.batch,
             rows=len(split.train),

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.study import choosing, data, findings, hits, report, tiny_data
 from benchmarks.study.lines import Line, Lines
-from benchmarks.study.plan import FIRST_RATES, PARTS, TASKS, Config, Run, Study, plan, rung, tune
+from benchmarks.study.plan import FIRST_RATES, HEAD, PARTS, TASKS, Config, Run, Study, plan, rung, tune
 from benchmarks.study.results import Mean, Results, compare, gain
 from benchmarks.study.scoring import score_labels, score_texts
 from uora.data import CompletionRow, ImageRow, TextRow
@@ -28,7 +28,7 @@ def line(run: Run, score: float) -> Line:
     return Line(
         key=run.key, part=run.part, task=run.task.name, base=run.task.base, method=method, r=run.config.r,
         targets=run.config.targets, settings=dict(run.config.settings), purpose=run.purpose, seed=run.seed,
-        learning_rate=run.learning_rate, epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
+        learning_rate=run.learning_rate, head_learning_rate=run.head_rate, epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
         metric=run.task.metric, score=score, scores={run.task.metric: score, "rouge_l": 60.0, "nist": 4.0},
         trainable_parameters=5_376 if method == "uora" else 73_728, head_parameters=770,
         stored_bytes=BYTES.get(method, 90_000_000) + (run.config.r or 0), seconds=10.0, total_seconds=12.0,
@@ -74,6 +74,7 @@ def test_keys_are_of_one_run_each_and_name_what_matters() -> None:
     for other in (
         replace(run, seed=7),
         replace(run, learning_rate=0.5),
+        replace(run, head_rate=0.5),
         replace(run, purpose="test"),
         replace(run, config=replace(run.config, settings=(("tau", 0.5),))),
         replace(run, config=replace(run.config, targets="all-linear")),
@@ -116,6 +117,14 @@ def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(best: float
                 lines.add(line(run, -distance))
     assert (len(runs), rate) == (tried, pytest.approx(taken))
     assert {run.purpose for run in runs} == {"tune"}
+
+
+def test_heads_take_the_rate_of_a_head_alone_which_is_tuned_first() -> None:
+    study, lines = Study(), Lines()
+    first = [run for run in plan(study, lines).runs if run.task.has_head]
+    assert {run.config.method for run in first} == {"head"}
+    rates = {run.head_rate for run in filled(by_method()).planned.runs if run.task.has_head and run.config != HEAD}
+    assert rates == {FIRST_RATES["head"]}
 
 
 def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None:
