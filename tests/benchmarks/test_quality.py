@@ -28,7 +28,8 @@ def line(run: Run, score: float) -> Line:
     return Line(
         key=run.key, part=run.part, task=run.task.name, base=run.task.base, method=method, r=run.config.r,
         targets=run.config.targets, settings=dict(run.config.settings), purpose=run.purpose, seed=run.seed,
-        learning_rate=run.learning_rate, head_learning_rate=run.head_rate, epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
+        learning_rate=run.learning_rate, head_learning_rate=run.head_rate,
+        epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
         metric=run.task.metric, score=score, scores={run.task.metric: score, "rouge_l": 60.0, "nist": 4.0},
         trainable_parameters=5_376 if method == "uora" else 73_728, head_parameters=770,
         stored_bytes=BYTES.get(method, 90_000_000) + (run.config.r or 0), seconds=10.0, total_seconds=12.0,
