@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve bench-residency bench-api format lock clean
+.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve bench-residency bench-api study format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,10 @@ bench-residency: $(STAMP) ## an engine that follows a database of 10,000 adapter
 
 bench-api: $(STAMP) ## polling beside a constant answer, 10,000 jobs, about 8 minutes
 	@$(BIN)/python -m benchmarks.api
+
+study: $(STAMP) ## what UORA is worth: makes the runs that are missing, hours in all, then the pages of docs/
+	@$(BIN)/python -m benchmarks.quality
+	@$(BIN)/python -m benchmarks.quality report
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study.lines import Lines
+from benchmarks.study.plan import PARTS, Study, plan
 from tests.api.support import postgres_refusal
 from uora.spec import METHODS
 from worker.up import ROOT
@@ -60,6 +62,17 @@ def test_costs_are_measured_and_foretold() -> None:
     assert result["measurements"] == 3
     assert result["machine"]
     assert min(result["median_error"], result["max_error"], result["memory_median_error"]) >= 0
+
+
+def test_the_study_of_quality() -> None:
+    """Every row of the study is run, and its report is whole."""
+    result = smoke("quality")
+    study = Study.smoke()
+    finals = [run for run in plan(study, Lines()).runs if run.purpose == "test"]
+    waiting = len(study.configs(study.task("sst2")))
+    assert sum(count for part, count in result["runs"].items() if part.endswith(" test")) == len(finals) + waiting
+    assert result["runs"].keys() == {*(f"{part} test" for part in PARTS), "glue tune"}
+    assert {"docs/results.md", "docs/choosing.md", "docs/images/playground.svg"} <= set(result["pages"])
 
 
 def test_serving() -> None:

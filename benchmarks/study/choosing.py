@@ -1,0 +1,186 @@
+"""``docs/choosing.md``: which method, rank and rate to take for which data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.study import hits
+from benchmarks.study.findings import GENERATED, state
+from benchmarks.study.markdown import number, paragraphs, points, rate, table
+from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Study, Task
+from benchmarks.study.results import Mean, Result, Results, compare, gain
+from benchmarks.study.tables import PART_TITLES, choices_table, main_table
+from uora.spec import METHODS, UoraSpec
+
+#: What the data of a part is like.
+_DATA: dict[Part, str] = {
+    "glue": "texts or pairs of texts with a class or a number",
+    "e2e": "prompts with completions",
+    "chat": "conversations",
+    "images": "images with a class",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter on the tasks of a part: its average, and what it costs."""
+
+    config: Config
+    mean: Mean
+    results: tuple[Result, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """At most."""
+        return max(each.stored_bytes for each in self.results)
+
+    @property
+    def rates(self) -> str:
+        """The tuned ones, from the lowest to the highest."""
+        found = sorted({each.learning_rate for each in self.results})
+        return rate(found[0]) if len(found) == 1 else f"{rate(found[0])} to {rate(found[-1])}"
+
+
+def candidates(results: Results, part: Part) -> list[Candidate]:
+    """The adapters of a part; none unless all of them are complete, since a choice among some is none."""
+    tasks = results.study.in_part(part)
+    adapters = [config for config in results.study.configs(tasks[0]) if config.method in METHODS]
+    found = [_candidate(results, tasks, config) for config in adapters]
+    complete = [each for each in found if each is not None]
+    return complete if len(complete) == len(adapters) else []
+
+
+def _candidate(results: Results, tasks: Sequence[Task], config: Config) -> Candidate | None:
+    mean = results.average(tasks, config)
+    each = [results.complete(task, config) for task in tasks]
+    return None if mean is None else Candidate(config, mean, tuple(found for found in each if found is not None))
+
+
+def best(found: Sequence[Candidate], metric: str) -> Candidate:
+    """Of the highest score, or the lowest loss."""
+    return max(found, key=lambda each: gain(metric, each.mean, Mean(0.0, None)))
+
+
+def cheapest(found: Sequence[Candidate], metric: str) -> Candidate:
+    """The smallest that ties with the best, by the spread over seeds."""
+    top = best(found, metric)
+    good = [each for each in found if each is top or compare(metric, each.mean, top.mean) == "ties"]
+    return min(good, key=lambda each: each.stored_bytes)
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    return paragraphs(
+        GENERATED,
+        "# Which method, rank and learning rate?",
+        state(results),
+        "Everything here is measured: [results.md](results.md) has all tables, seeds and commands.",
+        _choices(results),
+        "The smallest is the adapter with the fewest stored bytes whose score ties with the best one's: their "
+        "difference is not larger than both spreads over seeds together. Where you have room, take the best.",
+        "![Scores against stored bytes, all methods](images/playground.svg)",
+        "## Defaults of the service",
+        _defaults(results),
+        *_evidence(results),
+        "## Learning rates",
+        "Tuned on a split of train, the higher curve is the better. A rate is taken from here if it is not given.",
+        *[f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)" for part in _DATA],
+    )
+
+
+def _choices(results: Results) -> str:
+    header = [
+        "your data is",
+        "smallest that is as good as the best",
+        "rate",
+        "stored bytes",
+        "best",
+        "its rate",
+        "its bytes",
+    ]
+    return table([*header, "difference"], [_choice(results, part) for part in _DATA], words=2)
+
+
+def _choice(results: Results, part: Part) -> list[str]:
+    metric = results.study.in_part(part)[0].metric
+    found = candidates(results, part)
+    if not found:
+        return [_DATA[part], "not measured yet", *["-"] * 6]
+    small, top = cheapest(found, metric), best(found, metric)
+    digits = 3 if metric == "loss" else 1
+    return [
+        f"{_DATA[part]} ({PART_TITLES[part]})",
+        f"**{_named(small.config)}**",
+        small.rates,
+        number(small.stored_bytes),
+        _named(top.config),
+        top.rates,
+        number(top.stored_bytes),
+        points(gain(metric, small.mean, top.mean), digits),
+    ]
+
+
+def _named(config: Config) -> str:
+    return f"{config.method} r={config.r}, {config.targets}"
+
+
+def _defaults(results: Results) -> str:
+    """The defaults as the code has them, beside what was measured."""
+    spec, study = UoraSpec(), results.study
+    rows = [
+        ["`method`", f"`{spec.method}`", _of_parts(results, lambda each: each.config.method)],
+        ["`r`", f"{spec.r}", _of_parts(results, lambda each: f"{each.config.method} {each.config.r}")],
+        ["`targets`", f"`{spec.targets}`", _targets(results)],
+        ["`learning_rate`", rate(spec.base_learning_rate), _uora_rates(results, study)],
+        ["`tau`", f"{spec.tau:g}", hits.sentence(results)],
+    ]
+    return table(["setting", "default", "what was measured"], rows, words=3)
+
+
+def _of_parts(results: Results, told: Callable[[Candidate], str]) -> str:
+    """What the smallest as good as the best has, part by part."""
+    found = []
+    for part in _DATA:
+        adapters = candidates(results, part)
+        if adapters:
+            chosen = cheapest(adapters, results.study.in_part(part)[0].metric)
+            found.append(f"{PART_TITLES[part]}: {told(chosen)}")
+    return "; ".join(found) or "not measured yet"
+
+
+def _targets(results: Results) -> str:
+    """UORA at one rank on query and value, and on all linear layers."""
+    choices = results.study.choices()
+    wide = next(each for each in choices if (each.method, each.targets) == ("uora", "all-linear"))
+    narrow = Config(wide.method, wide.r, "q,v")
+    tasks = [task for task in results.study.tasks if task.name in CHOICE_TASKS]
+    means = [results.average(tasks, config) for config in (narrow, wide)]
+    if means[0] is None or means[1] is None:
+        return "not measured yet"
+    verdict = compare(tasks[0].metric, means[1], means[0])
+    return (
+        f"{wide.label} on {', '.join(task.title for task in tasks)}: {wide.targets} {means[1].text(1)}, "
+        f"{narrow.targets} {means[0].text(1)}{f' (all-linear {verdict})' if verdict else ''}"
+    )
+
+
+def _uora_rates(results: Results, study: Study) -> str:
+    found = []
+    for task in study.tasks:
+        result = results.find(task, study.main(task))
+        if result is not None:
+            found.append(f"{task.title} {rate(result.learning_rate)}")
+    return (
+        f"best on held-out rows of train, at rank {UoraSpec().r}: {', '.join(found)}" if found else "not measured yet"
+    )
+
+
+def _evidence(results: Results) -> list[str]:
+    """The tables that the defaults rest on."""
+    parts: list[str] = []
+    for part in _DATA:
+        body = main_table(results, results.study.in_part(part))
+        parts += [f"### {PART_TITLES[part]}", body] if body else []
+    choices = choices_table(results)
+    return [*parts, *(["### Ranks and targets", choices] if choices else [])]

@@ -1,0 +1,99 @@
+"""Making the runs that have no line yet, one after the other."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.study import data
+from benchmarks.study.jobs import Job
+from benchmarks.study.lines import Line, Lines
+from benchmarks.study.plan import Planned, Run, Study, plan
+from benchmarks.study.running import Runner
+
+
+@dataclass
+class Session:
+    """A study with its lines and what makes them."""
+
+    study: Study
+    lines: Lines
+    runner: Runner
+
+    def plan(self, only: frozenset[str]) -> Planned:
+        """Runs without a line, of these parts or purposes; all if none is named."""
+        planned = plan(self.study, self.lines)
+        missing = [run for run in planned.runs if self.lines.find(run.key) is None]
+        return Planned([run for run in missing if not only or only & {run.part, run.purpose}], planned.waiting)
+
+    def make(self, run: Run) -> Line:
+        """Run it."""
+        begun = time.perf_counter()
+        split = self._split(run)
+        job = Job(run.task, run.config, split, run.learning_rate, run.size.epochs, run.seed, run.head_rate)
+        outcome = self.runner.run(job)
+        metric = run.task.metric
+        return Line(
+            key=run.key,
+            part=run.part,
+            task=run.task.name,
+            base=run.task.base,
+            method=run.config.method,
+            r=run.config.r,
+            targets=run.config.targets,
+            settings=dict(run.config.settings),
+            purpose=run.purpose,
+            seed=run.seed,
+            learning_rate=run.learning_rate,
+            head_learning_rate=run.head_rate,
+            epochs=run.size.epochs,
+            batch=run.task.batch,
+            rows=len(split.train),
+            test_rows=len(split.test),
+            metric=metric,
+            score=round(outcome.scores[metric], 4),
+            scores={name: round(score, 4) for name, score in outcome.scores.items()},
+            trainable_parameters=outcome.trainable_parameters,
+            head_parameters=outcome.head_parameters,
+            stored_bytes=outcome.stored_bytes,
+            seconds=round(outcome.seconds, 2),
+            total_seconds=round(time.perf_counter() - begun, 2),
+            tokens=outcome.tokens,
+            steps=outcome.steps,
+            hits=outcome.hits,
+            dtype=outcome.dtype,
+            threads=torch.get_num_threads(),
+            machine=machine(),
+            command=f"python -m benchmarks.quality --run {shlex.quote(run.key)}",
+        )
+
+    def _split(self, run: Run) -> data.Split:
+        places, size = self.runner.bases.places, run.size
+        if run.purpose == "test":
+            return data.final_split(run.task.name, places, train=size.train, test=size.test)
+        return data.tune_split(run.task.name, places, train=size.train, held_out=size.test or 0)
+
+
+def estimated_seconds(run: Run, lines: Lines) -> float:
+    """Of the same task and method if there is a line, of the same task if not, else as measured once."""
+    rows = run.size.train * run.size.epochs
+    same_task = [line for line in lines.all() if line.task == run.task.name and line.tokens + line.steps]
+    same = [line for line in same_task if line.method == run.config.method] or same_task
+    if not same or run.config.method == "none":
+        return run.task.row_seconds * rows
+    return statistics.median(line.total_seconds / (line.rows * line.epochs) for line in same) * rows
+
+
+def machine() -> str:
+    """The processor and its cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,344 @@
+"""The study's plan, data, scores and report. What it runs is tested in its short form (``tests/e2e``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import choosing, data, findings, hits, report, tiny_data
+from benchmarks.study.lines import Line, Lines
+from benchmarks.study.plan import FIRST_RATES, HEAD, PARTS, TASKS, Config, Run, Study, plan, rung, tune
+from benchmarks.study.results import Mean, Results, compare, gain
+from benchmarks.study.scoring import score_labels, score_texts
+from uora.data import CompletionRow, ImageRow, TextRow
+from worker.up import ROOT
+
+Score = Callable[[Run], float]
+COMMITTED = ROOT / "benchmarks" / "results" / "quality.jsonl"
+BYTES = {"uora": 30_000, "vera": 31_000, "osora": 30_500, "lora": 300_000, "olora": 600_000}
+
+
+def line(run: Run, score: float) -> Line:
+    """A run's line with an invented score."""
+    method = run.config.method
+    return Line(
+        key=run.key, part=run.part, task=run.task.name, base=run.task.base, method=method, r=run.config.r,
+        targets=run.config.targets, settings=dict(run.config.settings), purpose=run.purpose, seed=run.seed,
+        learning_rate=run.learning_rate, head_learning_rate=run.head_rate,
+        epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
+        metric=run.task.metric, score=score, scores={run.task.metric: score, "rouge_l": 60.0, "nist": 4.0},
+        trainable_parameters=5_376 if method == "uora" else 73_728, head_parameters=770,
+        stored_bytes=BYTES.get(method, 90_000_000) + (run.config.r or 0), seconds=10.0, total_seconds=12.0,
+        tokens=5_000, steps=20, hits=4 if run.config.settings == (("tau", 1e-3),) else 0, dtype="float32", threads=2,
+        machine="a processor, 2 cores", command="python -m benchmarks.quality --run ...",
+    )  # fmt: skip
+
+
+def filled(score: Score, study: Study | None = None) -> Results:
+    """A whole study whose runs score as ``score`` says."""
+    study, lines = study or Study(), Lines()
+    while missing := [run for run in plan(study, lines).runs if lines.find(run.key) is None]:
+        for run in missing:
+            lines.add(line(run, score(run)))
+    return Results(study, lines)
+
+
+def by_method(**points: float) -> Score:
+    """70, and so much more for a method; seeds differ by half a point; a loss is the better the lower."""
+
+    def score(run: Run) -> float:
+        if run.purpose == "tune":  # the first rate is the best
+            return -abs(run.learning_rate - _first(run)) * (-1 if run.task.metric == "loss" else 1)
+        over = points.get(run.config.method, 0.0)
+        return 70.0 + (-over if run.task.metric == "loss" else over) + 0.5 * run.seed
+
+    return score
+
+
+def _first(run: Run) -> float:
+    return FIRST_RATES[run.config.method]
+
+
+# --- the plan
+
+
+def test_keys_are_of_one_run_each_and_name_what_matters() -> None:
+    results = filled(by_method())
+    runs = results.planned.runs
+    assert len({run.key for run in runs}) == len(runs)
+    assert {run.part for run in runs} == set(PARTS)
+    run = runs[0]
+    for other in (
+        replace(run, seed=7),
+        replace(run, learning_rate=0.5),
+        replace(run, head_rate=0.5),
+        replace(run, purpose="test"),
+        replace(run, config=replace(run.config, settings=(("tau", 0.5),))),
+        replace(run, config=replace(run.config, targets="all-linear")),
+        replace(run, task=replace(run.task, batch=9)),
+        replace(run, task=replace(run.task, tuning=replace(run.task.tuning, epochs=9))),
+    ):
+        assert other.key != run.key
+
+
+def test_every_table_has_three_seeds_of_the_small_tasks() -> None:
+    results = filled(by_method())
+    for task in results.study.in_part("glue"):
+        for config in results.study.configs(task):
+            found = results.complete(task, config)
+            assert found is not None
+            assert len(found.lines) >= 3
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "expected"), [(1e-3, 1, 3e-3), (3e-2, 1, 0.1), (3e-4, -2, 3e-5), (1e-2, 0, 1e-2)]
+)
+def test_the_ladder_of_rates(first: float, steps: int, expected: float) -> None:
+    assert rung(first, steps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "taken"),
+    [(1e-3, 3, 1e-3), (1e-2, 5, 1e-2), (1.0, 5, 3e-2), (1e-9, 5, 3e-5)],
+    ids=["in the middle", "beyond the edge", "never enough", "never little enough"],
+)
+def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(best: float, tried: int, taken: float) -> None:
+    study, lines = Study(), Lines()
+    task, config = study.task("rte"), Config("lora", 8, "q,v")
+    rate: float | None = None
+    while rate is None:
+        runs, rate = tune(study, task, config, lines)
+        for run in runs:
+            distance = max(run.learning_rate / best, best / run.learning_rate)
+            if lines.find(run.key) is None:
+                lines.add(line(run, -distance))
+    assert (len(runs), rate) == (tried, pytest.approx(taken))
+    assert {run.purpose for run in runs} == {"tune"}
+
+
+def test_heads_take_the_rate_of_a_head_alone_which_is_tuned_first() -> None:
+    study, lines = Study(), Lines()
+    first = [run for run in plan(study, lines).runs if run.task.has_head]
+    assert {run.config.method for run in first} == {"head"}
+    rates = {run.head_rate for run in filled(by_method()).planned.runs if run.task.has_head and run.config != HEAD}
+    assert rates == {FIRST_RATES["head"]}
+
+
+def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None:
+    results = filled(by_method())
+    rates = {
+        (line.method, line.r, line.targets): line.learning_rate
+        for line in results.lines.all()
+        if line.task == "rte" and line.purpose == "test"
+    }
+    assert len(rates) < len([line for line in results.lines.all() if line.task == "rte" and line.seed == 0])
+    for run in results.planned.runs:
+        if run.part == "reinit" and run.task.name == "rte":
+            assert run.learning_rate == rates[run.config.method, run.config.r, run.config.targets]
+
+
+def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
+    study, lines = Study(), Lines()
+    task, config = study.task("rte"), Config("lora", 8, "q,v")
+    for run in tune(study, task, config, lines)[0]:
+        lines.add(line(run, 50.0))
+    assert tune(study, task, config, lines)[1] == 1e-3
+
+
+# --- lines
+
+
+def test_a_cut_off_last_line_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "quality.jsonl"
+    runs = plan(Study(), Lines()).runs[:2]
+    whole = json.dumps(asdict(line(runs[0], 1.0))) + "\n"
+    path.write_text(whole + json.dumps(asdict(line(runs[1], 2.0)))[:40])
+    lines = Lines.read(path)
+    assert [lines.find(run.key) is not None for run in runs] == [True, False]
+    lines.add(line(runs[1], 2.0))
+    assert [each.score for each in Lines.read(path).all()] == [1.0, 2.0]
+
+
+def test_a_line_of_something_else_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "quality.jsonl"
+    path.write_text('{"key": "a"}\n')
+    with pytest.raises(ValueError, match=r"quality.jsonl, line 1: .*Expected an object with key, part"):
+        Lines.read(path)
+
+
+# --- data
+
+
+@pytest.mark.parametrize("task", [task.name for task in TASKS])
+def test_tuning_sees_nothing_of_what_is_scored(task: str, tmp_path: Path) -> None:
+    places = tiny_data.write(tmp_path)
+    final = data.final_split(task, places, train=None, test=None)
+    tuned = data.tune_split(task, places, train=8, held_out=6)
+    assert list(tuned.train) == list(final.train[:8])
+    assert list(tuned.test) == list(final.train[-6:])
+    assert not {row.line for row in tuned.train} & {row.line for row in tuned.test}
+    assert data.final_split(task, places, train=8, test=6) == data.final_split(task, places, train=8, test=6)
+
+
+def test_glue_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """No quoting, a mark at the file's begin, lines without a header, numbers as labels."""
+    places = tiny_data.write(tmp_path)
+    mrpc = data.final_split("mrpc", places, train=None, test=None)
+    assert len(mrpc.test) == tiny_data.ROWS
+    first = mrpc.test[0]
+    assert isinstance(first, TextRow)
+    assert (first.text, first.text_pair, first.label) == ('"pear', "pear", "0")
+    assert len(data.final_split("cola", places, train=None, test=None).test) == tiny_data.ROWS
+    stsb = data.final_split("stsb", places, train=None, test=None).test[1]
+    assert isinstance(stsb, TextRow)
+    assert stsb.label == 1.0
+
+
+def test_every_reference_of_a_meaning_is_kept(tmp_path: Path) -> None:
+    places = tiny_data.write(tmp_path)
+    file = places.data / "e2e" / "testset_w_refs.csv"
+    file.write_text('mr,ref\n"a[1]",one\n"b[2]",two\n"a[1]",uno\n')
+    split = data.final_split("e2e", places, train=None, test=None)
+    assert sorted(map(sorted, split.references)) == [["one", "uno"], ["two"]]
+
+
+def test_what_is_held_out_asks_for_nothing_that_was_trained(tmp_path: Path) -> None:
+    places = tiny_data.write(tmp_path)
+    (places.data / "e2e" / "devset.csv").write_text("mr,ref\n" + "".join(f"a[{i % 5}],one {i}\n" for i in range(20)))
+    tuned = data.tune_split("e2e", places, train=2, held_out=4)
+    prompts = [{row.prompt for row in rows if isinstance(row, CompletionRow)} for rows in (tuned.train, tuned.test)]
+    assert len(tuned.test) == len(tuned.references) == 4
+    assert not prompts[0] & prompts[1]
+
+
+def test_images_keep_their_classes(tmp_path: Path) -> None:
+    row = data.final_split("fashion", tiny_data.write(tmp_path), train=1, test=1).train[0]
+    assert isinstance(row, ImageRow)
+    import io
+
+    from PIL import Image
+
+    grey = Image.open(io.BytesIO(row.image)).convert("L").getpixel((0, 0))
+    assert data.FASHION_CLASSES[grey // 25] == row.label
+
+
+def test_missing_data_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"glue/ and e2e/ with --data"):
+        data.final_split("rte", data.Places(tmp_path, tmp_path), train=1, test=1)
+
+
+# --- scores
+
+
+def test_glue_metrics() -> None:
+    expected = ["1", "1", "0", "0"]
+    assert score_labels("accuracy", ["1", "0", "0", "0"], expected) == {"accuracy": 75.0}
+    both = score_labels("accuracy_f1", ["1", "0", "0", "0"], expected)
+    assert both["f1"] == pytest.approx(200 / 3)
+    assert both["accuracy_f1"] == pytest.approx((75 + 200 / 3) / 2)
+    assert score_labels("matthews", ["1", "1", "1", "1"], expected)["matthews"] == 0.0
+    numbers = score_labels("pearson_spearman", [1.0, 2.0, 9.0], [1.0, 2.0, 3.0])
+    assert numbers["spearman"] == pytest.approx(100.0)
+    assert numbers["pearson"] < 95
+    assert score_labels("pearson_spearman", [1.0, 1.0], [1.0, 2.0])["pearson_spearman"] == 0.0
+
+
+def test_texts_are_scored_against_their_nearest_reference() -> None:
+    said = "the mill is a pub near the river in the city"
+    others = ["somewhere one can eat", said]
+    right = score_texts([said, said], [others, [said]])
+    assert right["bleu"] == pytest.approx(100.0)
+    assert right["rouge_l"] == pytest.approx(100.0)
+    assert right["nist"] > 1
+    wrong = score_texts([said, said], [others[:1], others[:1]])
+    assert wrong["bleu"] < 5
+    assert wrong["rouge_l"] == 0.0
+
+
+# --- verdicts
+
+
+def test_a_difference_counts_beyond_both_spreads() -> None:
+    low, high = Mean(70.0, 1.0), Mean(71.5, 1.0)
+    assert compare("accuracy", high, low) == "wins"
+    assert compare("accuracy", low, high) == "loses"
+    assert compare("accuracy", Mean(71.4, 1.0), low) == "ties"
+    assert compare("loss", high, low) == "loses"
+    assert gain("loss", Mean(2.0, None), Mean(3.0, None)) == 1.0
+    assert compare("accuracy", high, Mean(60.0, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("points", "aims", "against_lora"),
+    [
+        ({}, ["met", "met", "met"], "ties"),
+        ({"uora": 5.0}, ["met", "met", "met"], "wins"),
+        ({"lora": 3.0, "vera": 2.0}, ["missed by 2.0 points", "missed by 2.0 points", "missed by 2.0 BLEU"], "loses"),
+    ],
+)
+def test_words_follow_from_numbers(points: dict[str, float], aims: list[str], against_lora: str) -> None:
+    page = findings.page(filled(by_method(**points)))
+    assert page.count("runs of the study are there.") == 1
+    short = page[page.index("## In short") : page.index("## What was run")].splitlines()
+    stated = [line for line in short if line.startswith("- ")]
+    assert [aim in line for aim, line in zip(aims, stated, strict=False)] == [True] * 3
+    (row,) = [line for line in short if line.startswith("| lora r=8 ")]
+    assert row.count(against_lora) == len(TASKS)
+    assert "not measured yet" not in page.lower()
+
+
+def test_what_the_reinitialisation_brings() -> None:
+    plain = by_method()
+
+    def helped(run: Run) -> float:
+        return plain(run) + (3.0 if run.config.settings == (("tau", 1e-3),) and run.task.name == "rte" else 0.0)
+
+    nothing, better = (hits.sentence(filled(score)) for score in (plain, helped))
+    assert "0 beat the control" in nothing
+    assert "brings nothing" in nothing
+    assert "1 beat the control" in better
+    assert "RTE with `tau=0.001`" in better
+    assert "brings nothing" not in better
+
+
+def test_a_missing_seed_is_said_and_nothing_is_concluded() -> None:
+    whole = filled(by_method())
+    lacking = [each for each in whole.lines.all() if not (each.method == "lora" and each.seed == 2)]
+    results = Results(whole.study, Lines.of(lacking))
+    page = findings.page(results)
+    assert "**Incomplete:" in page
+    assert "(2 of 3 seeds)" in page
+    assert "GLUE, uora r=64 against lora r=8: not measured yet." in page
+    assert "| texts or pairs of texts with a class or a number | not measured yet |" in choosing.page(results)
+
+
+def test_the_smallest_that_ties_is_advised() -> None:
+    tie = choosing.candidates(filled(by_method(lora=0.3)), "glue")
+    assert choosing.best(tie, "accuracy").config.method == "lora"
+    assert choosing.cheapest(tie, "accuracy").config.method == "uora"
+    worse = choosing.candidates(filled(by_method(lora=9.0)), "glue")
+    assert choosing.cheapest(worse, "accuracy").config.method == "lora"
+    loss = choosing.candidates(filled(by_method(osora=9.0)), "chat")
+    assert choosing.cheapest(loss, "loss").config.method == "osora"
+
+
+# --- the pages
+
+
+def test_a_whole_study_leaves_no_plot_empty_and_every_plot_is_shown(tmp_path: Path) -> None:
+    written = report.write(filled(by_method(lora=1.0)).lines, tmp_path)
+    pages = "".join(path.read_text() for path in written if path.suffix == ".md")
+    for image in [path for path in written if path.suffix == ".svg"]:
+        assert f"(images/{image.name})" in pages
+        assert "not measured yet" not in image.read_text()
+
+
+def test_the_committed_pages_are_those_of_the_committed_lines(tmp_path: Path) -> None:
+    """To the last byte, plots too."""
+    for path in report.write(Lines.read(COMMITTED), tmp_path):
+        committed = ROOT / "docs" / path.relative_to(tmp_path)
+        assert committed.read_text() == path.read_text(), f"{committed}: run python -m benchmarks.quality report"
