@@ -14,6 +14,7 @@ from api.settings import Settings
 from tests.metrics import parse, read, value
 from tests.worker.support import Service
 from worker import failures, metrics
+from worker.results import NOTHING
 from worker.sweeping import sweep
 from worker.tasks.training import _settle
 
@@ -25,10 +26,10 @@ def more(name: str, before: dict[str, list[tuple[dict[str, str], float]]], **lab
 def test_a_lost_lease_is_counted_as_one(service: Service) -> None:
     held = service.resources()
     lease = service.claim(service.add_job())
-    assert _settle(held, lease, failures.INTERNAL) == "failed"
+    assert _settle(held, lease, failures.INTERNAL, NOTHING) == "failed"
     stale = service.claim(lost := service.add_job(), ttl=timedelta(seconds=-1))
     service.claim(lost, owner="another")
-    assert _settle(held, stale, failures.INTERNAL) == "lease_lost"
+    assert _settle(held, stale, failures.INTERNAL, NOTHING) == "lease_lost"
 
 
 def test_rings_of_the_sweeper_are_counted(service: Service) -> None:
