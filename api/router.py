@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from api.audit.endpoints import router as audit
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
+from api.dashboard.endpoints import include_dashboard
 from api.estimates.endpoints import router as estimates
 from api.files.endpoints import router as files
 from api.handlers import ErrorBody
@@ -23,7 +24,7 @@ from api.uploads.endpoints import router as uploads
 from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
-PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/dashboard/sign-in", "/dashboard/sign-out"})
 
 
 def include_routers(app: FastAPI) -> None:
@@ -34,3 +35,4 @@ def include_routers(app: FastAPI) -> None:
     for domain in (*tuning, permissions, models, completions, classifications, webhooks, projects, audit):
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)
+    include_dashboard(app)

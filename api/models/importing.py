@@ -60,8 +60,7 @@ async def import_adapter(
         artifact=content,
         created_at=now(),
     )
-    await run_in_threadpool(_store, work, row)
-    return Model.of(row, owner=caller.project_slug)
+    return await run_in_threadpool(_store, work, row, caller)
 
 
 def _read(upload: AdapterUpload, max_bytes: int) -> bytes:
@@ -108,6 +107,6 @@ def _verify(content: bytes) -> Artifact:
         ) from error
 
 
-def _store(work: UnitOfWork, row: Adapter) -> None:
+def _store(work: UnitOfWork, row: Adapter, caller: Caller) -> Model:
     """The first use of the session, which holds a connection: what takes long comes before."""
-    AdapterRepository(work.session, row.project_id).add(row)
+    return Model.of(AdapterRepository(work.session, row.project_id).add(row), owner=caller.project_slug)
