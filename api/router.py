@@ -24,7 +24,9 @@ from api.uploads.endpoints import router as uploads
 from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
-PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/dashboard/sign-in", "/dashboard/sign-out"})
+PUBLIC_ROUTES = frozenset(
+    {"/healthz", "/readyz", "/openapi.json", "/docs", "/dashboard/sign-in", "/dashboard/sign-out"}
+)
 
 
 def include_routers(app: FastAPI) -> None:

@@ -216,8 +216,8 @@ function checkpointColumns(hasModel) {
   return [
     { name: "Step", title: true, cell: (row) => [h("strong", {}, count(row.step_number)), " ",
       row.step_number === job.best_step ? badge("succeeded plain", "best") : null, " ", row.used ? badge("info plain", "in use") : null] },
-    { name: "Train loss", right: true, cell: ({ metrics }) => loss(metrics.train_loss) },
-    { name: "Validation loss", right: true, cell: ({ metrics }) => loss(metrics.full_valid_loss ?? metrics.valid_loss) },
+    { name: "Train", label: "Train loss", right: true, cell: ({ metrics }) => loss(metrics.train_loss) },
+    { name: "Validation", label: "Validation loss", right: true, cell: ({ metrics }) => loss(metrics.full_valid_loss ?? metrics.valid_loss) },
     { name: "Accuracy", right: true, cell: (row) => (accuracy(row) === undefined ? "–" : percent(100 * accuracy(row))) },
     { name: "Actions", label: "", hidden: true, right: true, cell: (row) => h("div", { class: "actions" },
       h("a", { class: "button compact", "aria-label": `Ask the checkpoint of step ${row.step_number}`, href: `/dashboard/playground?model=${encodeURIComponent(row.fine_tuned_model_checkpoint)}` }, "Ask"),

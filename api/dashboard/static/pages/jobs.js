@@ -116,7 +116,8 @@ function show() {
     fill(list, h("div", { class: "card" }, empty("No job matches.", "Take a word out of the search, or choose another status.")));
   } else fill(list, h("div", { class: "list card" }, table(COLUMNS, found, { caption: "Jobs", rowId: (job) => job.id })));
   if (kept) list.querySelector(`[data-choose="${kept}"]`)?.focus();
-  const text = `${count(found.length)} of ${count(jobs.size)} jobs${hasMore ? ", older ones not counted" : ""}`;
+  const of = found.length < jobs.size ? `${count(found.length)} of ` : "";
+  const text = `${of}${count(jobs.size)} ${jobs.size === 1 ? "job" : "jobs"}${hasMore ? ", older ones not counted" : ""}`;
   if (byId("count").textContent !== text) byId("count").textContent = jobs.size ? text : "";
   byId("more").hidden = !hasMore;
 }

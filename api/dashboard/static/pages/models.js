@@ -90,7 +90,8 @@ function show() {
   const tuned = models.filter((model) => model.digest);
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = tuned.filter((model) => words.every((word) => `${model.id} ${model.root} ${model.digest}`.toLowerCase().includes(word)));
-  byId("count").textContent = tuned.length ? `${count(found.length)} of ${count(tuned.length)} fine-tuned models` : "";
+  const of = found.length < tuned.length ? `${count(found.length)} of ` : "";
+  byId("count").textContent = tuned.length ? `${of}${count(tuned.length)} fine-tuned ${tuned.length === 1 ? "model" : "models"}` : "";
   const start = h("a", { class: "button primary", href: "/dashboard/jobs/new" }, "Start a job");
   const nothing = tuned.length
     ? empty("No model matches.", "Take a word out of the search.")
