@@ -25,8 +25,8 @@ VERSION = _digest(FOLDER)
 
 
 class Assets(StaticFiles):
-    """Files below ``/{version}/``. Those of another version are asked for while the service is upgraded: these are served
-    as they are here, and kept by nobody."""
+    """Files below ``/{version}/``. Another version's are asked for while the service is upgraded: they are served as
+    they are here, and kept by nobody."""
 
     def __init__(self) -> None:
         super().__init__(directory=FOLDER)

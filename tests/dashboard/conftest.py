@@ -58,10 +58,12 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     assert Path(BROWSER).exists(), f"NOT TESTED in a browser: there is none at {BROWSER}; run scripts/browser.sh"
-    with sync_playwright() as playwright:
+    with (
+        sync_playwright() as playwright,
         # Chromium's own sandbox refuses to run as root.
-        with playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]) as launched:
-            yield launched
+        playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]) as launched,
+    ):
+        yield launched
 
 
 @pytest.fixture

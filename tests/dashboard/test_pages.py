@@ -35,7 +35,9 @@ def forgiving(complaints: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_page_has_a_serious_barrier(page: Page, signed_in: Page, dashboard: Dashboard, forgiving: list[str], theme: str) -> None:
+def test_no_page_has_a_serious_barrier(
+    page: Page, signed_in: Page, dashboard: Dashboard, forgiving: list[str], theme: str
+) -> None:
     page.emulate_media(color_scheme=theme)
     found = []
     for name in PAGES:
@@ -139,7 +141,9 @@ def test_signing_out_and_a_lost_session_lead_to_the_form(
     complaints[:] = [said for said in complaints if "status of 401" not in said]
 
 
-def test_a_laptop_is_not_scrolled_sideways(page: Page, signed_in: Page, dashboard: Dashboard, forgiving: list[str]) -> None:
+def test_a_laptop_is_not_scrolled_sideways(
+    page: Page, signed_in: Page, dashboard: Dashboard, forgiving: list[str]
+) -> None:
     for name in PAGES:
         visit(page, dashboard, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= LAPTOP["width"], name

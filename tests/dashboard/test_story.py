@@ -111,7 +111,9 @@ def test_models_answer_the_same_prompt_side_by_side(signed_in: Page, dashboard: 
     greedy = dashboard.client.chat.completions.create(
         model=dashboard.model, messages=[{"role": "user", "content": "What is 3?"}], max_tokens=12, temperature=0
     )
-    expect(page.get_by_role("region", name="Answer 2")).to_have_text(greedy.choices[0].message.content or "An empty answer.")
+    expect(page.get_by_role("region", name="Answer 2")).to_have_text(
+        greedy.choices[0].message.content or "An empty answer."
+    )
 
     page.get_by_label("Tokens at most").fill("400")
     page.get_by_role("button", name="Ask all").click()

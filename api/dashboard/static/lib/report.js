@@ -17,24 +17,25 @@ export function reportOf(report) {
     ["also in the training file", some(report.leak)],
     ["classes", some(report.label_count)],
   ])];
-  if (report.lengths && report.lengths.counts.length > 1) parts.push(histogram(report.lengths));
+  if (report.lengths?.counts.some((number) => number > 0)) parts.push(histogram(report.lengths));
   if (report.labels && Object.keys(report.labels).length) parts.push(labels(report.labels));
   if (report.problem_count) parts.push(problems(report));
   if (report.previews?.length) parts.push(preview(report.previews[0]));
   return parts;
 }
 
+/** Rows by their tokens, a line for each stretch, without the empty ones at both ends. */
 function histogram({ edges, counts, max }) {
-  const [width, height] = [100, 40];
+  const first = counts.findIndex((number) => number > 0);
+  const last = counts.findLastIndex((number) => number > 0);
   const highest = Math.max(...counts);
-  const step = width / counts.length;
-  const bars = counts.map((number, i) => {
-    const tall = number ? Math.max(1, (number / highest) * height) : 0;
-    const range = `${count(edges[i])} to ${count(edges[i + 1] ?? max)} tokens: ${count(number)} rows`;
-    return h("rect", { x: i * step + step * 0.06, y: height - tall, width: step * 0.88, height: tall }, h("title", {}, range));
+  const lines = counts.slice(first, last + 1).map((number, i) => {
+    const range = `${count(edges[first + i])}–${count((edges[first + i + 1] ?? max + 1) - 1)}`;
+    const bar = h("svg", { class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+      h("rect", { width: number ? Math.max(1, (number / highest) * 100) : 0, height: 10 }));
+    return [h("dt", {}, range), h("dd", {}, bar, h("span", {}, count(number)))];
   });
-  const label = `Rows by tokens: ${counts.map((number, i) => `${count(number)} from ${count(edges[i])}`).join(", ")}`;
-  return h("svg", { class: "bars", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars);
+  return h("details", {}, h("summary", {}, "Rows by their tokens"), h("dl", { class: "bars" }, lines.flat()));
 }
 
 const labels = (found) => h("details", {}, h("summary", {}, "Rows of each class"), pairs(Object.entries(found).map(([name, number]) => [name, count(number)])));

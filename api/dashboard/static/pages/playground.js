@@ -1,6 +1,6 @@
 import { api, isAborted, request } from "../lib/api.js";
 import { byId, fill, h, problem } from "../lib/dom.js";
-import { count } from "../lib/format.js";
+import { count, percent, setting } from "../lib/format.js";
 import { eventsOf } from "../lib/sse.js";
 import { pageSignal } from "../lib/watch.js";
 
@@ -9,6 +9,10 @@ const signal = pageSignal();
 const columns = [];
 let models = [];
 let running = null;
+
+/** The name's model; checkpoints are not in the list. */
+const modelOf = async (name, stop) =>
+  models.find((each) => each.id === name) ?? api(`/v1/models/${name.split("/").map(encodeURIComponent).join("/")}`, { signal: stop });
 
 /** One model and its answer. */
 class Column {
@@ -43,13 +47,11 @@ class Column {
     this.text.classList.add("waiting");
     this.text.setAttribute("aria-busy", "true"); // it is read out once it is there, not letter by letter
     const began = performance.now();
+    const name = this.select.value;
     try {
-      const all = { ...body, model: this.select.value, stream: true, stream_options: { include_usage: true } };
-      const response = await request("/v1/chat/completions", { method: "POST", body: all, signal: stop });
-      for await (const data of eventsOf(response)) {
-        if (data === "[DONE]") break;
-        this.take(JSON.parse(data), performance.now() - began);
-      }
+      const { task } = await modelOf(name, stop);
+      if (task === null || task === "chat" || task === "completion") await this.generate(name, task, body, stop, began);
+      else await this.classify(name, body, stop);
     } catch (error) {
       if (isAborted(error) || stop.aborted) this.foot.textContent += `${this.foot.textContent ? " · " : ""}stopped`;
       else {
@@ -62,10 +64,31 @@ class Column {
     }
   }
 
+  async generate(model, task, { messages, ...settings }, stop, began) {
+    const [path, input] = task === "completion"
+      ? ["/v1/completions", { prompt: messages.map(({ content }) => content).join("\n\n") }]
+      : ["/v1/chat/completions", { messages }];
+    const all = { model, ...input, ...settings, stream: true, stream_options: { include_usage: true } };
+    const response = await request(path, { method: "POST", body: all, signal: stop });
+    for await (const data of eventsOf(response)) {
+      if (data === "[DONE]") break;
+      this.take(JSON.parse(data), performance.now() - began);
+    }
+  }
+
+  /** Classifiers answer with a class, regressions with a number. */
+  async classify(model, { messages }, stop) {
+    const answer = await api("/v1/classify", { method: "POST", body: { model, input: messages.at(-1).content }, signal: stop });
+    const [{ label, value, probs }] = answer.data;
+    this.text.textContent = label ?? setting(value);
+    this.foot.textContent = answer.labels.map((each, i) => `${each} ${percent(100 * probs[i])}`).join(" · ");
+  }
+
   take(chunk, milliseconds) {
     if (chunk.error) throw new Error(chunk.error.message);
     const choice = chunk.choices?.[0];
-    if (choice?.delta?.content) this.text.append(choice.delta.content);
+    const text = choice?.delta?.content ?? choice?.text;
+    if (text) this.text.append(text);
     if (choice?.finish_reason === "length") this.cut = true;
     const seconds = (milliseconds / 1000).toFixed(2);
     const cut = this.cut ? " · cut at the limit" : "";
@@ -107,7 +130,7 @@ function asked() {
   for (const name of ["temperature", "max_tokens", "seed"]) {
     const field = byId(name);
     const value = field.value.trim() === "" ? null : Number(field.value);
-    field.toggleAttribute("aria-invalid", false);
+    field.removeAttribute("aria-invalid");
     if (Number.isNaN(value)) {
       field.setAttribute("aria-invalid", "true");
       field.focus();
