@@ -9,7 +9,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.e2e.support import Running, chat_rows, service, upload, wait_job
 from tests.tiny import make_tiny_llama
@@ -18,6 +18,8 @@ from tests.tiny import make_tiny_llama
 BROWSER = os.environ.get("UORA_TEST_BROWSER", "/usr/bin/chromium")
 LAPTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
+#: Of each step; the machine has other things to do.
+PATIENCE_MS = 20_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Dashboard:
     running: Running
     job_id: str
     model: str
+
+    def start_long_job(self, **fields: object) -> str:
+        """A job that ends only by being cancelled; its id."""
+        return self.client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=self.client.files.list(purpose="fine-tune").data[0].id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}},
+            **fields,  # type: ignore[arg-type]
+        ).id
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +81,8 @@ def browser() -> Iterator[Browser]:
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A window of its own, whose cookies no other test has."""
     with browser.new_context(viewport=LAPTOP) as opened:
-        opened.set_default_timeout(20_000)
+        opened.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
         yield opened
 
 

@@ -15,6 +15,11 @@ export class ApiError extends Error {
 /** Whether a request was given up by ourselves. */
 export const isAborted = (error) => error.name === "AbortError";
 
+/** For what is asked again in a moment: an error that ends the session or the page is no news. */
+export function quietly(error) {
+  if (!isAborted(error) && ![0, 401].includes(error.status)) console.warn(error);
+}
+
 /** The response to a request, 304 included; raises ApiError. `body` is JSON or FormData. */
 export async function request(path, { method = "GET", body, headers = {}, signal } = {}) {
   const options = { method, signal, headers: { ...headers } };

@@ -19,8 +19,8 @@ export async function watch(url, onChange, { signal, onError = () => {} }) {
         const response = await request(address.pathname + address.search, { headers, signal });
         onError(null);
         if (response.status === 304) continue;
-        tag = response.headers.get("ETag");
         if ((await onChange(await response.json())) === false) return;
+        tag = response.headers.get("ETag"); // only now: what could not be shown is asked for again
       } catch (error) {
         if (isAborted(error)) throw error;
         onError(error);

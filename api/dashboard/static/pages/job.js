@@ -1,6 +1,6 @@
-import { all, api, isAborted, path } from "../lib/api.js";
+import { all, api, isAborted, path, quietly } from "../lib/api.js";
 import { LossChart } from "../lib/chart.js";
-import { attempt, badge, byId, confirm, fill, h, pairs, problem, table, toast } from "../lib/dom.js";
+import { attempt, badge, byId, confirm, fill, h, pairs, table, toast } from "../lib/dom.js";
 import { count, date, duration, loss, percent, setting, time, words } from "../lib/format.js";
 import { curves, ENDED, methodOf, METHODS, secondsLeft, shortName, statusWords, when } from "../lib/jobs.js";
 import { reportOf } from "../lib/report.js";
@@ -27,7 +27,7 @@ function showJob() {
   fill(byId("summary"), h("span", { class: "mono" }, job.id), ` · ${methodOf(job)} on ${job.model} · made `, when(job.created_at),
     job.origin_job ? [" · made from ", h("a", { href: `/dashboard/jobs/${job.origin_job}` }, "another job")] : null,
     model ? [h("br"), "Answers as ", h("a", { class: "mono", href: `/dashboard/models?search=${encodeURIComponent(model)}` }, model)] : null);
-  fill(byId("problem"), job.error ? h("p", { class: "problem", role: "alert" }, h("strong", {}, words(job.error.code)), job.error.message) : null);
+  showProblem(null);
   showActions();
   showProgress();
   const settings = JSON.stringify([job.hyperparameters, job.adapter, job.options, job.dataset_report, job.seed]);
@@ -38,6 +38,15 @@ function showJob() {
       ? Object.entries(job.dataset_report).map(([which, report]) => [h("h3", {}, `${which === "training" ? "Training" : "Validation"} file`), reportOf(report)])
       : h("p", { class: "small-empty" }, "The files are being looked into."));
   }
+}
+
+/** What keeps the page from its job, else what ended the job; said once. */
+function showProblem(error) {
+  const found = error ? { message: error.message } : job?.error;
+  const told = byId("problem");
+  if (told.dataset.told === (found?.message ?? "")) return;
+  told.dataset.told = found?.message ?? "";
+  fill(told, found && h("p", { class: "problem", role: "alert" }, found.code && h("strong", {}, words(found.code)), found.message));
 }
 
 function showProgress() {
@@ -254,8 +263,6 @@ async function follow(found) {
   if (evaluated || before !== job.status) await showCheckpoints();
 }
 
-const quietly = (error) => isAborted(error) || console.warn(error);
-
 byId("level").addEventListener("change", showEvents);
 byId("log").addEventListener("change", () => {
   chart.log = byId("log").checked;
@@ -272,7 +279,7 @@ byId("overlay").addEventListener("change", async () => {
   await putIn(chosen).catch((error) => isAborted(error) || toast(error.message, { error: true }));
 });
 
-watch(address, follow, { signal, onError: (error) => error && fill(byId("problem"), problem(error)) });
+watch(address, follow, { signal, onError: showProblem });
 setInterval(() => job && showProgress(), 1000);
 setInterval(() => followOthers().catch(quietly), 2000);
 const wanted = (new URLSearchParams(location.search).get("with") ?? "").split(",").filter(Boolean);

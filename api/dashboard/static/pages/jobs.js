@@ -1,4 +1,4 @@
-import { api, isAborted, request } from "../lib/api.js";
+import { api, isAborted, quietly, request } from "../lib/api.js";
 import { badge, byId, empty, fill, h, problem, table } from "../lib/dom.js";
 import { count, duration, loss, percent } from "../lib/format.js";
 import { ENDED, methodOf, secondsLeft, statusWords, suffixOf, when } from "../lib/jobs.js";
@@ -60,7 +60,7 @@ function take(states) {
     Object.assign(job, state);
   }
   show();
-  if (ended) lookForNew().catch(quietly); // the name of its model
+  if (ended) lookForNew().catch(cannotLook); // the name of its model
 }
 
 function matches(job) {
@@ -128,7 +128,10 @@ function showChosen() {
   button.textContent = chosen.size < 2 ? "Compare curves" : `Compare ${chosen.size} curves`;
 }
 
-const quietly = (error) => isAborted(error) || console.warn(error);
+function cannotLook(error) {
+  if (!isAborted(error)) byId("count").textContent = error.message;
+  firstPage = null; // the next answer is shown, changed or not
+}
 
 byId("filters").addEventListener("input", show);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
@@ -139,4 +142,4 @@ byId("compare").addEventListener("click", () => {
 });
 byId("search").value = new URLSearchParams(location.search).get("search") ?? "";
 load().catch((error) => isAborted(error) || fill(byId("jobs"), problem(error)));
-setInterval(() => lookForNew().catch(quietly), NEW_JOBS_EVERY_MS);
+setInterval(() => lookForNew().catch(cannotLook), NEW_JOBS_EVERY_MS);
