@@ -40,8 +40,8 @@ const curl = (name) => `curl ${location.origin}/v1/chat/completions \\
   -d '{"model": "${name}", "messages": [{"role": "user", "content": "Hello"}]}'`;
 
 function snippet(title, text) {
-  return h("div", {}, h("h3", {}, title),
-    h("div", { class: "snippet" }, h("pre", { tabindex: "0", "aria-label": title }, text), copyButton(text, `Copy ${title}`)));
+  return h("div", {}, h("div", { class: "snippet" }, h("h3", {}, title), copyButton(text, `Copy ${title}`)),
+    h("pre", { class: "code", tabindex: "0", "aria-label": title }, text));
 }
 
 const use = (name) => h("details", {}, h("summary", {}, "Use it in a program"), snippet("Python", python(name)), snippet("curl", curl(name)));
