@@ -1,7 +1,7 @@
 """The pictures of docs/dashboard.md: ``python -m scripts.screenshots``.
 
 Starts the service with a database of its own and a base model small enough for a minute, trains three jobs, and takes a
-picture of each page in Chromium. ``--real`` takes SmolLM2-135M-Instruct and movie reviews instead, in some ten minutes.
+picture of each page in Chromium. ``--real`` takes SmolLM2-135M-Instruct and movie reviews instead, in some minutes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Scene:
     prompt: str
     #: Epochs of the jobs that end, and of the one that is still trained.
     epochs: tuple[int, int]
+    batch_size: int
+    eval_steps: int
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
         home = Path(folder)
         scene = real_scene(home) if arguments.real else tiny_scene(home)
         options = {} if arguments.real else {"UORA_CACHE_DIR": str(home / "cache"), "UORA_DTYPE": "float32"}
+        options |= {"UORA_COTRAIN_JOBS": "1"}
         with service(home / "service", {scene.base_model: scene.source}, **options) as running:
             client = running.client("acme")
             jobs = train(client, scene)
@@ -70,23 +73,23 @@ def tiny_scene(home: Path) -> Scene:
     for path, chosen in ((train, rows[::2] + rows[1::4]), (validation, rows[3::4])):
         path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
     source = f"path:{make_tiny_llama(home / 'tiny', max_tokens=512)}"
-    return Scene("tiny-llama", source, train, validation, "", "3 + 4 =", (12, 50))
+    return Scene("tiny-llama", source, train, validation, "", "3 + 4 =", (12, 50), 4, 40)
 
 
 def real_scene(home: Path) -> Scene:
     """The demo's reviews."""
-    split = load_split(Path.home() / ".cache" / "uora", train=240, validation=40, held_out=1)
+    split = load_split(Path.home() / ".cache" / "uora", train=120, validation=24, held_out=20)
     train, validation = home / "reviews.jsonl", home / "reviews-held-out.jsonl"
     train.write_text("".join(review.row() + "\n" for review in split.train))
     validation.write_text("".join(review.row() + "\n" for review in split.validation))
-    return Scene(MODEL, f"known:{MODEL.lower()}", train, validation, SYSTEM, split.held_out[0].text, (1, 4))
+    return Scene(MODEL, f"known:{MODEL}", train, validation, SYSTEM, split.held_out[0].text, (1, 3), 4, 10)
 
 
 def train(client: openai.OpenAI, scene: Scene) -> list[str]:
     """Two jobs that have ended and one that runs, newest first."""
     train, validation = (upload(client, path.read_bytes(), path.name) for path in (scene.train, scene.validation))
 
-    def start(suffix: str, epochs: int, batch_size: int = 8, **peft: object) -> str:
+    def start(suffix: str, epochs: int, **peft: object) -> str:
         return client.fine_tuning.jobs.create(
             model=scene.base_model,
             training_file=train,
@@ -96,16 +99,16 @@ def train(client: openai.OpenAI, scene: Scene) -> list[str]:
             metadata={"name": suffix},
             method={
                 "type": "supervised",
-                "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": batch_size}},
+                "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": scene.batch_size}},
             },
-            extra_body={"peft": peft},
+            extra_body={"peft": peft, "training": {"eval_steps": scene.eval_steps}},
         ).id
 
     name = scene.train.stem
     done = [start(name, scene.epochs[0], r=16), start(f"{name}-lora", scene.epochs[0], method="lora", r=8)]
     for job in done:
         wait_job(client, job, seconds=900)
-    return [start(f"{name}-wide", scene.epochs[1], batch_size=2, r=64), *reversed(done)]
+    return [start(f"{name}-wide", scene.epochs[1], r=64), *reversed(done)]
 
 
 def photograph(url: str, client: openai.OpenAI, scene: Scene, jobs: Sequence[str]) -> None:
@@ -167,6 +170,7 @@ def photograph(url: str, client: openai.OpenAI, scene: Scene, jobs: Sequence[str
 
 def take(page: Page, name: str) -> None:
     """One picture of what is in view, once nothing moves."""
+    page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
     page.mouse.move(0, 0)
     page.wait_for_timeout(500)
     page.screenshot(path=PICTURES / f"dashboard-{name}.png")
