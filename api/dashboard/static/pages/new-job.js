@@ -29,13 +29,14 @@ async function offer() {
 
 async function upload(name, input) {
   const [file] = input.files;
-  if (!file) return;
+  if (!file || input.disabled) return;
   const content = new FormData();
   content.append("purpose", "fine-tune");
   content.append("file", file);
   input.disabled = true;
   toast(`${file.name} is being uploaded.`);
   try {
+    await offered; // which fills the lists anew
     const made = await api("/v1/files", { method: "POST", body: content });
     for (const each of FILES) byId(each).append(fileOption(made));
     byId(name).value = made.id;
@@ -188,6 +189,7 @@ async function estimate() {
   }
 }
 
+const offered = offer();
 for (const name of FILES) byId(`upload-${name}`).addEventListener("change", (event) => upload(name, event.target));
 for (const name of ["training_file", "task", "model"]) byId(name).addEventListener("change", report);
 for (const name of ["peft.method", "model"]) byId(name).addEventListener("change", showDefaults);
@@ -198,9 +200,10 @@ form.addEventListener("submit", (event) => {
 });
 
 try {
-  await offer();
+  await offered;
   if (origin) await fillFrom(origin);
   showDefaults();
+  for (const name of FILES) upload(name, byId(`upload-${name}`)); // chosen before this script was there
   await report();
 } catch (error) {
   if (!isAborted(error)) fill(byId("problem"), problem(error));
