@@ -44,7 +44,7 @@ def test_a_job_from_an_uploaded_file_is_started_watched_and_cancelled(
     page.get_by_role("button", name="Start job").click()
     page.wait_for_url("**/dashboard/jobs/ftjob-*")
     expect(page.locator("#status")).to_contain_text("running", timeout=60_000)
-    expect(page.locator("#legend")).to_contain_text("train")
+    expect(page.locator("#legend")).to_contain_text("train", timeout=120_000)  # the trainer starts
     first, picture = steps_done(page), drawn(page)
     assert first > 0
     wait_for(lambda: steps_done(page) > first + 20, seconds=60)
