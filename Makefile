@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check bench-train bench-cotrain bench-serve bench-residency bench-api study format lock clean
+.PHONY: help setup demo up test browser check bench-train bench-cotrain bench-serve bench-residency bench-api study format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,8 +28,11 @@ demo: $(STAMP) ## the main job on a real model and real data, in minutes
 up: $(STAMP) ## run the service on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/python -m worker.up
 
-test: check ## everything CI runs
+test: check browser ## everything CI runs
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist worksteal
+
+browser: ## Chromium for the tests of the dashboard, where it is missing (root or sudo)
+	@scripts/browser.sh
 
 check: $(STAMP) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

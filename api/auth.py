@@ -1,4 +1,4 @@
-"""Bearer keys. The same steps are taken for every key, known or not.
+"""Bearer keys, and sessions of browsers that stand for one. The same steps are taken for every key, known or not.
 
 A key that was found good is taken as good for `CALLER_SECONDS` without a look into the database: a revoked one is
 refused within that time, by every process.
@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
+from api.browser_sessions import COOKIE, CSRF_HEADER, SAFE_METHODS
 from api.caller import Caller
 from api.database import now
 from api.errors import NotAuthenticated, ProjectMismatch
@@ -36,24 +37,46 @@ LAST_USED_STEP = timedelta(minutes=1)
 async def current_caller(request: Request) -> Caller:
     """The caller of this request. It reads the headers itself: as declared parameters they cost more than the rest.
 
+    A browser's cookie counts only where no key is sent, and for changes only with its token.
+
     Raises:
-        NotAuthenticated: no key, or an unknown, revoked or expired one.
+        NotAuthenticated: no key, or an unknown, revoked or expired one; or the session is over.
         ProjectMismatch: the key is of another project than the header names.
+        CsrfTokenInvalid: a change with the cookie alone.
         MissingScope: the key may not do what the route does.
     """
     resources: Resources = request.app.state.resources
     authorization, openai_project = request.headers.get("authorization"), request.headers.get("openai-project")
-    find = partial(run_in_threadpool, _find_caller, resources, authorization, openai_project)
-    caller = await resources.callers.get(f"{authorization}\n{openai_project}", find)
+    cookie = request.cookies.get(COOKIE) if authorization is None else None
+    find = partial(run_in_threadpool, _find_sender, resources, authorization, cookie, openai_project)
+    # With quotes around each, so that none of them can pose as another.
+    caller = await resources.callers.get(repr((authorization, cookie, openai_project)), find)
+    if cookie is not None and request.method not in SAFE_METHODS:
+        resources.browser_sessions.check_csrf(cookie, request.headers.get(CSRF_HEADER))
     request.state.project_id = caller.project_id
     caller.require(needed_scope(request.method, request.url.path))
     return caller
 
 
-def _find_caller(resources: Resources, authorization: str | None, openai_project: str | None) -> Caller:
-    """Read in a transaction of its own, which ends before the endpoint starts."""
+def _find_sender(
+    resources: Resources, authorization: str | None, cookie: str | None, openai_project: str | None
+) -> Caller:
+    if authorization is None and cookie is not None:
+        digest = resources.browser_sessions.key_digest(cookie)
+    else:
+        digest = hash_key(_bearer(authorization))
+    return find_caller(resources, digest, openai_project=openai_project)
+
+
+def find_caller(resources: Resources, digest: str, *, openai_project: str | None = None) -> Caller:
+    """Who has the key of this digest. Read in a transaction of its own, which ends before the endpoint starts.
+
+    Raises:
+        NotAuthenticated: the key is unknown, revoked or expired.
+        ProjectMismatch: it is of another project.
+    """
     with resources.read_sessions() as session:
-        key, project = _authenticate(session, _bearer(authorization))
+        key, project = _authenticate(session, digest)
     if openai_project not in (None, "", project.id, project.slug):
         raise ProjectMismatch("The OpenAI-Project header names another project than the API key's; leave it out.")
     _note_use(resources.sessions, key)
@@ -79,8 +102,7 @@ def _bearer(authorization: str | None) -> str:
     return key.strip()
 
 
-def _authenticate(session: Session, key: str) -> tuple[ApiKey, Project]:
-    digest = hash_key(key)
+def _authenticate(session: Session, digest: str) -> tuple[ApiKey, Project]:
     found = repository.find_key(session, digest)
     if found is None or not _is_good(*found, digest):
         raise NotAuthenticated("The API key is unknown, revoked or expired; check it, or ask for a new one.")

@@ -16,6 +16,7 @@ ApiError 500 internal_error
   │     └── ProjectMismatch         the key is of another project than the OpenAI-Project header says
   ├── PermissionDenied 403
   │     ├── MissingScope            the key may not do this; the message names the scope
+  │     ├── CsrfTokenInvalid        a change that came with a browser's session, but not from its pages
   │     └── OrganizationKeyRequired the key administers its own project only
   ├── NotFound 404                not there, or of another project: a caller cannot tell which
   │     ├── FileNotFound
@@ -192,6 +193,12 @@ class MissingScope(PermissionDenied):
     """The key does not have the scope that the route needs."""
 
     code = "missing_scope"
+
+
+class CsrfTokenInvalid(PermissionDenied):
+    """A change came with a browser's session, but without the token that is in its pages."""
+
+    code = "csrf_token_invalid"
 
 
 class OrganizationKeyRequired(PermissionDenied):

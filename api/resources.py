@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.browser_sessions import BrowserSessions
 from api.caller import RecentCallers
 from api.database import make_engine, make_glance_sessions, make_read_sessions, make_sessions
 from api.engines.client import EngineClient
@@ -43,6 +44,7 @@ class Resources:
     callers: RecentCallers
     usage: UsageLedger
     limits: RateLimits
+    browser_sessions: BrowserSessions
 
 
 async def get_resources(request: Request) -> Resources:
@@ -81,6 +83,7 @@ async def open_resources(settings: Settings, *, queue: TaskQueue | None = None) 
                 engines=engines,
                 engine=EngineClient(client, engines, token=settings.engine_token.get_secret_value()),
                 callers=RecentCallers(),
+                browser_sessions=BrowserSessions(settings.engine_token.get_secret_value()),
                 jobs=JobWatch(make_glance_sessions(database)),
                 usage=usage,
                 limits=rate_limits,

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from api.audit.endpoints import router as audit
 from api.classifications.endpoints import router as classifications
 from api.completions.endpoints import router as completions
+from api.dashboard.endpoints import include_dashboard
 from api.estimates.endpoints import router as estimates
 from api.files.endpoints import router as files
 from api.handlers import ErrorBody
@@ -27,7 +28,13 @@ from api.webhooks.endpoints import router as webhooks
 
 #: The only routes that answer without a key. A test walks the routes: any other must ask for a caller.
 #: ``/metrics`` has a token of its own instead (`api.metrics.exposition.may_read`).
-PUBLIC_ROUTES = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect"})
+PUBLIC_ROUTES = frozenset(
+    {
+        *("/healthz", "/readyz", "/metrics"),
+        *("/openapi.json", "/docs", "/docs/oauth2-redirect"),
+        *("/dashboard/sign-in", "/dashboard/sign-out"),
+    }
+)
 
 
 def include_routers(app: FastAPI) -> None:
@@ -50,3 +57,4 @@ def include_routers(app: FastAPI) -> None:
         app.include_router(domain, prefix="/v1", responses=responses)
     app.include_router(health, responses=responses)
     app.include_router(metrics)
+    include_dashboard(app)

@@ -30,6 +30,7 @@ _BY_PATH = {
     "/v1/chat/completions": Scope.INFER,
     "/v1/completions": Scope.INFER,
     "/v1/classify": Scope.INFER,
+    "/dashboard/keys": Scope.ADMIN,
 }
 
 

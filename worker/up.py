@@ -49,6 +49,8 @@ The service is ready on {url}. Your key, shown only now:
 
     {key}
 
+In a browser: {url}/dashboard
+
 With the openai client:
 
     from openai import OpenAI

@@ -62,8 +62,7 @@ async def import_adapter(
         artifact=content,
         created_at=now(),
     )
-    await run_in_threadpool(_store, work, caller, row)
-    return Model.of(row, owner=caller.project_slug)
+    return await run_in_threadpool(_store, work, row, caller)
 
 
 def _read(upload: AdapterUpload, max_bytes: int) -> bytes:
@@ -110,7 +109,7 @@ def _verify(content: bytes) -> Artifact:
         ) from error
 
 
-def _store(work: UnitOfWork, caller: Caller, row: Adapter) -> None:
+def _store(work: UnitOfWork, row: Adapter, caller: Caller) -> Model:
     """The first use of the session, which holds a connection: what takes long comes before."""
     quotas.check_bytes(work.session, caller, added=len(row.artifact))
-    AdapterRepository(work.session, row.project_id).add(row)
+    return Model.of(AdapterRepository(work.session, row.project_id).add(row), owner=caller.project_slug)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, ForeignKey, Index, LargeBinary, Table, event
+from sqlalchemy import BigInteger, Connection, ForeignKey, Index, LargeBinary, Table, event, func
 from sqlalchemy.engine.default import DefaultExecutionContext
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, column_property, mapped_column
 
 from api.database import Base, Listed, Sequence
 
@@ -35,6 +35,8 @@ class Adapter(Base, Listed):
     manifest: Mapped[dict[str, Any]]
     #: The whole artifact: safetensors with the manifest in its header.
     artifact: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
+    #: Its size, which is told without reading it; for those who ask.
+    artifact_bytes: Mapped[int] = column_property(func.length(artifact), deferred=True)
 
     #: All that an engine reads of the adapters that it might load, so that it need not read the rows.
     __table_args__ = (Index(None, "base_model", "task", "seq", "digest"),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select
+from sqlalchemy.orm import undefer
 
 from api.errors import ModelNotFound
 from api.jobs.models import Checkpoint
@@ -33,7 +34,7 @@ class AdapterRepository(Repository[Adapter]):
         """Of them the project's final ones, whose checkpoints are listed with their job, and all shared ones."""
         own_final = and_(Adapter.project_id == self.project_id, Adapter.checkpoint_step.is_(None))
         listed = select(Adapter).where(or_(own_final, self._shared()))
-        return self.session.scalars(listed.order_by(Adapter.seq.desc())).all()
+        return self.session.scalars(listed.options(undefer(Adapter.artifact_bytes)).order_by(Adapter.seq.desc())).all()
 
     def owners(self, adapters: Sequence[Adapter]) -> dict[str, str]:
         """Slugs of the projects that the adapters belong to, by their ids."""
