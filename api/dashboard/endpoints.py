@@ -108,6 +108,12 @@ async def show_models(request: Request, caller: CallerDep) -> Response:
     return page(request, "models.html", caller)
 
 
+@router.get("/usage")
+async def show_usage(request: Request, caller: CallerDep) -> Response:
+    """What the project has used, and its quotas."""
+    return page(request, "usage.html", caller)
+
+
 @router.get("/keys")
 async def show_keys(request: Request, caller: CallerDep) -> Response:
     """The project's keys."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext, Page, expect
@@ -16,6 +18,7 @@ PAGES = {
     "jobs/{job}": "#checkpoints tr",
     "playground": ".answer select",
     "models": ".model",
+    "usage": "#quotas tr",
     "keys": "#keys tr",
     "jobs/none": "h1",  # an error
 }
@@ -60,7 +63,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= PHONE["width"], name
     visit(page, dashboard, "jobs")
-    for link in ("Jobs", "Playground", "Models", "Keys"):
+    for link in ("Jobs", "Playground", "Models", "Usage", "Keys"):
         expect(page.get_by_role("link", name=link, exact=True)).to_be_in_viewport()
 
 
@@ -98,6 +101,24 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(signed_in: Page, 
     expect(page.get_by_role("button", name="No, go back")).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_usage_is_told_by_model_key_and_operation(signed_in: Page, dashboard: Dashboard) -> None:
+    page = signed_in
+    visit(page, dashboard, "usage")
+    trained = page.locator("#totals tr", has_text="tiny").first
+    expect(trained).to_contain_text(" s")  # the seconds of the first job's training
+    page.locator("select[name=amount]").select_option("trained_tokens")
+    expect(page.locator("#chart canvas")).to_be_visible()
+    expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"^Trained tokens: [1-9]"))
+    page.locator("select[name=group]").select_option("operation")
+    expect(page.locator("#totals tbody tr", has_text="training")).to_have_count(1)
+    page.locator("select[name=group]").select_option("api_key_id")
+    expect(page.locator("#totals tbody tr")).to_have_count(1)
+    expect(page.locator("#totals tbody tr")).not_to_contain_text("key_")  # its name instead
+    with page.expect_download() as saved:
+        page.get_by_role("link", name="CSV").click()
+    assert saved.value.path().read_text().startswith("start_time,end_time,api_key_id,model,operation,")
 
 
 def test_nothing_that_is_written_into_a_page_runs(signed_in: Page, dashboard: Dashboard, complaints: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import { fill, h } from "./dom.js";
 import { loss } from "./format.js";
+import { axis, colourOf, sizeOf } from "./plot.js";
 
 const COLOURS = 6;
 
@@ -18,7 +19,7 @@ export class LossChart {
     this.onRemove = onRemove;
     this.log = false;
     this.smoothing = 0;
-    new ResizeObserver(() => this.#plot?.setSize(this.#size())).observe(container);
+    new ResizeObserver(() => this.#plot?.setSize(sizeOf(this.container))).observe(container);
     addEventListener("themechange", () => this.draw({ anew: true }));
   }
 
@@ -68,12 +69,10 @@ export class LossChart {
   }
 
   #options(curves) {
-    const [text, line] = [colourOf("--muted"), colourOf("--line")];
-    const axis = { stroke: text, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1, size: 5 }, font: "12px system-ui, sans-serif", labelFont: "600 12px system-ui, sans-serif", labelSize: 22 };
-    const y = { ...axis, label: this.log ? "Loss (log)" : "Loss", size: 56, values: (_, splits) => splits.map((v) => (v === null ? "" : tick(v))) };
+    const y = { ...axis(), label: this.log ? "Loss (log)" : "Loss", size: 56, values: (_, splits) => splits.map((v) => (v === null ? "" : tick(v))) };
     if (this.log) y.filter = (_, splits) => roundOnes(splits);
     return {
-      ...this.#size(),
+      ...sizeOf(this.container),
       padding: [10, 12, 0, 0],
       legend: { show: false },
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
@@ -81,7 +80,7 @@ export class LossChart {
         x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
         y: { distr: this.log ? 3 : 1, range: (_, low, high) => this.#range(low, high) },
       },
-      axes: [{ ...axis, label: "Step", size: 34, values: (_, splits) => splits.map((v) => (Number.isInteger(v) ? String(v) : "")) }, y],
+      axes: [{ ...axis(), label: "Step", size: 34, values: (_, splits) => splits.map((v) => (Number.isInteger(v) ? String(v) : "")) }, y],
       series: [{}, ...curves.map((curve) => this.#series(curve))],
       hooks: { setCursor: [(plot) => this.#tellValues(this.#curves(), plot.cursor.idx)] },
     };
@@ -105,10 +104,6 @@ export class LossChart {
     if (this.log) return low === high ? [low / 1.2, high * 1.2] : [low / 1.05, high * 1.05];
     const margin = (high - low || Math.abs(high) || 1) * 0.06;
     return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
-  }
-
-  #size() {
-    return { width: Math.max(200, this.container.clientWidth), height: this.container.clientWidth < 520 ? 260 : 320 };
   }
 
   #drawLegend(curves) {
@@ -171,13 +166,3 @@ function roundOnes(splits) {
 }
 
 const tick = (value) => (value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(0) : String(+value.toPrecision(3)));
-
-/** A colour of the style sheet, as it is in the theme that is shown. */
-function colourOf(name) {
-  const probe = h("span", { hidden: true });
-  probe.style.color = `var(${name})`;
-  document.body.append(probe);
-  const { color } = getComputedStyle(probe);
-  probe.remove();
-  return color;
-}

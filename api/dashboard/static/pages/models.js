@@ -53,6 +53,8 @@ function card(model) {
     const button = h("button", { type: "button", class: "compact", title, "aria-label": `Export ${model.id}: ${name}`, click: () => attempt(button, () => save(model.id, form)) }, `↓ ${name}`);
     return button;
   });
+  // A whole model may have gigabytes: the browser saves it as it comes, and shows the error if there is one.
+  exports.push(h("a", { class: "button compact", href: `${address(model.id)}/adapter?format=merged`, title: "A zip of the base model with the adapter in its weights, for any server", "aria-label": `Export ${model.id}: whole model` }, "↓ Whole model"));
   const drop = h("button", { type: "button", class: "compact danger", "aria-label": `Delete ${model.id}`, click: () => remove(model, drop) }, "Delete");
   return h("section", { class: "card model", "aria-label": model.id },
     h("div", { class: "heading" },
