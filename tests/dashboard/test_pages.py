@@ -152,10 +152,13 @@ def test_a_log_scale_takes_losses_of_any_size(signed_in: Page, dashboard: Dashbo
           document.body.append(holder, legend);
           const chart = new LossChart(holder, legend, {});
           chart.log = true;
-          return ranges.map(([low, high], id) => {
-            chart.show([{ id: String(id), name: "", train: [[1, high], [2, 0], [3, low]], valid: [] }]);
-            return holder.querySelector(".uplot").offsetHeight;
-          });
+          const heights = [];
+          for (const [number, [low, high]] of ranges.entries()) {
+            chart.show([{ id: String(number), name: "", train: [[1, high], [2, 0], [3, low]], valid: [] }]);
+            await new Promise((drawn) => setTimeout(drawn, 50));
+            heights.push(holder.querySelector(".uplot").offsetHeight);
+          }
+          return heights;
         }""",
         RANGES,
     )
