@@ -67,7 +67,10 @@ def test_a_key_can_do_what_its_scope_says_and_nothing_else(service: Service, sco
 def test_scopes_are_where_they_are_expected() -> None:
     by_scope = {scope: {r.path for r in TENANT_ROUTES if needed_scope(r.method, r.path) is scope} for scope in Scope}
     assert by_scope[Scope.INFER] == {"/v1/chat/completions", "/v1/completions", "/v1/classify"}
-    assert all(path.startswith(("/v1/organization", "/v1/fine_tuning/checkpoints")) for path in by_scope[Scope.ADMIN])
+    assert all(
+        path.startswith(("/v1/organization", "/v1/fine_tuning/checkpoints", "/dashboard/keys"))
+        for path in by_scope[Scope.ADMIN]
+    )
     assert "/v1/fine_tuning/jobs" in by_scope[Scope.WRITE] & by_scope[Scope.READ]
 
 

@@ -23,6 +23,9 @@ PAGES = {
     "jobs/none": "h1",  # an error
 }
 
+#: Lowest and highest losses.
+RANGES = [[0.000104887, 4.08], [0.1048, 3.4], [3.4, 6.0], [1e-7, 2.0], [0.5, 0.5]]
+
 
 def visit(page: Page, dashboard: Dashboard, name: str) -> None:
     """Open a page and wait until it shows what it has."""
@@ -157,3 +160,27 @@ def test_signing_out_and_a_lost_session_lead_to_the_form(
     page.goto(f"{dashboard.url}/dashboard/models")
     assert page.url.endswith("/dashboard/sign-in?next=%2Fdashboard%2Fmodels")
     complaints[:] = [said for said in complaints if "status of 401" not in said]
+
+
+def test_a_log_scale_takes_losses_of_any_size(signed_in: Page, dashboard: Dashboard) -> None:
+    """uPlot's own ticks of a log scale have no end for some ranges that begin between two magnitudes."""
+    visit(signed_in, dashboard, "jobs/{job}")
+    heights = signed_in.evaluate(
+        """async (ranges) => {
+          const module = new URL("../lib/chart.js", document.querySelector("script[type=module]").src);
+          const { LossChart } = await import(module);
+          const [holder, legend] = [document.createElement("div"), document.createElement("ul")];
+          document.body.append(holder, legend);
+          const chart = new LossChart(holder, legend, {});
+          chart.log = true;
+          const heights = [];
+          for (const [number, [low, high]] of ranges.entries()) {
+            chart.show([{ id: String(number), name: "", train: [[1, high], [2, 0], [3, low]], valid: [] }]);
+            await new Promise((drawn) => setTimeout(drawn, 50));
+            heights.push(holder.querySelector(".uplot").offsetHeight);
+          }
+          return heights;
+        }""",
+        RANGES,
+    )
+    assert heights == [320] * len(RANGES)

@@ -70,7 +70,7 @@ export class LossChart {
 
   #options(curves) {
     const y = { ...axis(), label: this.log ? "Loss (log)" : "Loss", size: 56, values: (_, splits) => splits.map((v) => (v === null ? "" : tick(v))) };
-    if (this.log) y.filter = (_, splits) => roundOnes(splits);
+    if (this.log) Object.assign(y, { splits: (_plot, _axis, low, high) => logTicks(low, high), filter: (_, splits) => splits });
     return {
       ...sizeOf(this.container),
       padding: [10, 12, 0, 0],
@@ -158,11 +158,18 @@ function smooth(points, weight) {
   });
 }
 
-/** Of a log scale's splits those that are read: all of a short scale, else 1, 2 and 5 of each magnitude. */
-function roundOnes(splits) {
-  const found = splits.filter((v) => v > 0);
-  if (found.length <= 8) return splits;
-  return splits.map((v) => (v > 0 && [1, 2, 5].includes(Math.round(v / 10 ** Math.floor(Math.log10(v) + 1e-9))) ? v : null));
+/** 1, 2 and 5 of each magnitude; in a range with fewer than three of them, about five round numbers. */
+export function logTicks(low, high) {
+  const found = [];
+  for (let magnitude = Math.floor(Math.log10(low)); magnitude <= Math.log10(high); magnitude++)
+    for (const digit of [1, 2, 5]) found.push(Number(`${digit}e${magnitude}`));
+  const inside = found.filter((value) => value >= low && value <= high);
+  if (inside.length > 2) return inside;
+  const rough = (high - low) / 5;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((digit) => digit * unit >= rough) * unit;
+  const first = Math.ceil(low / step);
+  return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => +((first + i) * step).toPrecision(12));
 }
 
 const tick = (value) => (value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(0) : String(+value.toPrecision(3)));
