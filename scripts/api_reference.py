@@ -128,7 +128,11 @@ def answers(operation: dict[str, Any]) -> Iterator[str]:
         for kind, content in response.get("content", {}).items():
             if "example" in content:
                 example = content["example"]
-                shown = example if isinstance(example, str) else json.dumps(example, indent=2, ensure_ascii=False)
+                shown = (
+                    example.replace("\r", "")
+                    if isinstance(example, str)
+                    else json.dumps(example, indent=2, ensure_ascii=False)
+                )
                 yield f"{status} `{kind}`\n\n```{'json' if kind == 'application/json' else ''}\n{shown.rstrip()}\n```\n"
 
 
