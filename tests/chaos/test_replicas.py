@@ -98,7 +98,7 @@ def engine_process(environment: dict[str, str], url: str, log: Path) -> Iterator
             process.wait()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.fixture(params=[pytest.param("postgresql", marks=pytest.mark.postgres)])  # what several machines share
 def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]:
     model = make_tiny_llama(tmp_path / "tiny", max_tokens=4096)
     with ExitStack() as stack:
