@@ -29,7 +29,7 @@ up: $(STAMP) ## run the service on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/python -m worker.up
 
 test: check browser ## everything CI runs
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist worksteal
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadgroup
 
 browser: ## Chromium for the tests of the dashboard, where it is missing (root or sudo)
 	@scripts/browser.sh

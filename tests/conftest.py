@@ -12,6 +12,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()
 
 
+#: Fixtures that start servers or load models. Tests that share one run in one process, which makes it once.
+SHARED = ("running", "seen", "dashboard", "world", "engine", "whole")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name the groups that pytest-xdist keeps together (``--dist loadgroup``)."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if shared := next((name for name in SHARED if name in names), None):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            folder = item.path.parent if shared in ("running", "dashboard", "world") else item.path
+            item.add_marker(pytest.mark.xdist_group(f"{folder.stem}-{shared}-{parameters.get(shared, '')}"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """What was imported is never looked at again."""

@@ -34,7 +34,7 @@ class TestRequests:
     def test_are_counted_by_route_and_never_by_path(self, service: Service) -> None:
         http = service.http()
         before = parse(http.get("/metrics").text)
-        for path in ("/v1/fine_tuning/jobs/ftjob-secret", "/v1/fine_tuning/jobs/ftjob-other", "/nothing/secret"):
+        for path in ("/v1/fine_tuning/jobs/ftjob-mine", "/v1/fine_tuning/jobs/ftjob-other", "/nothing/mine"):
             assert http.get(path).status_code == 404
         http.request("BREW", "/v1/models")
         after = parse(text := http.get("/metrics").text)
@@ -47,7 +47,7 @@ class TestRequests:
         assert counted(route="none", status="404") == 1
         assert counted(method="other") == 1
         assert counted(route="/metrics", method="GET", status="200") == 1
-        assert "secret" not in text
+        assert "mine" not in text
         assert "BREW" not in text
         assert service.tenant.project_id not in text
         assert value(after, "process_resident_memory_bytes") > 0

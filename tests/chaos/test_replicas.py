@@ -133,7 +133,9 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engines]
             tenant = make_tenant(session, "Acme")
         url = stack.enter_context(serve(create_app(settings, queue=RecordingQueue())))
         found = Engines(url, tenant, sessions, processes, logs)
-        wait_until(lambda: len(found.live()) == 2, what=f"two engines: {[tail(log) for log in logs.values()]}")
+        wait_until(
+            lambda: len(found.live()) == 2, seconds=90, what=f"two engines: {[tail(log) for log in logs.values()]}"
+        )
         yield found
 
 

@@ -78,7 +78,7 @@ def test_the_study_of_quality() -> None:
 def test_serving() -> None:
     """Ours and the peers answer the same prompts, and every adapter takes what its vectors take."""
     result = smoke("serving")
-    numbers = 2 * 30 * (2 * 64) + 30 * (576 + 192)  # d and the target frames' share; b, of q and v in every layer
+    numbers = 2 * 2 * (2 * 64) + 2 * (48 + 24)  # d and the target frames' share; b, of q and v in both layers
     assert result["bytes_10000"] == 10_000 * numbers * {"bfloat16": 2, "float32": 4}[result["dtype"]]
     assert result["vs_peft_mixed_lora"] > 0
     assert result["batch1_latency_vs_generate"] > 0
