@@ -9,7 +9,6 @@ a private copy of stdout; the real one leads to stderr, so that no library's pri
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from uora.artifact import loads
 from worker import failures
+from worker.collector import spared
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Run, Started, State, Step, Stop, Stopped
 from worker.ranks import start_others
 
@@ -206,14 +206,12 @@ def _end_with(report: Failed, observers: Sequence[ReportingObserver]) -> NoRetur
 
 def _import() -> None:
     """What takes seconds to import. Nothing here touches CUDA: a child that waits for its request has no part of it."""
-    gc.disable()  # there is no garbage yet, and looking for it takes a tenth of the time
-    with suppress(Exception):  # what fails here fails again, and is reported, when it is used
+    with spared(), suppress(Exception):  # what fails here fails again, and is reported, when it is used
         torch = import_module("torch")
         # peft imports bitsandbytes, which asks CUDA for its devices.
         asks_cuda = find_spec("bitsandbytes") is not None and torch.backends.cuda.is_built()
         import_module("uora.data")
         import_module("transformers.modeling_utils" if asks_cuda else "uora.training.cotraining")
-    gc.enable()
 
 
 def _run(request: ChildRequest, observers: Sequence[ReportingObserver]) -> None:

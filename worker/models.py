@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from api.settings import Settings
 from uora.errors import BaseModelError
+from worker.collector import spared
 
 if TYPE_CHECKING:
     from uora.models import LocalModel
+
+
+@cache
+def load_libraries() -> None:
+    """Import what reads rows with a base model's tokenizer, which takes seconds: torch and transformers."""
+    with spared():
+        for name in ("uora.encoders", "uora.models", "uora.sizing"):
+            import_module(name)
 
 
 def find_base(settings: Settings, name: str) -> LocalModel:
@@ -17,7 +28,8 @@ def find_base(settings: Settings, name: str) -> LocalModel:
     Raises:
         BaseModelError: there is none, or it cannot be fetched.
     """
-    from uora.models import fetch  # loads torch, which takes seconds
+    load_libraries()
+    from uora.models import fetch
 
     source = settings.base_models.get(name)
     if source is None:

@@ -23,7 +23,7 @@ from uora.spec import parse_adapter
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
-from worker.models import find_base
+from worker.models import find_base, load_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ def _make(held: Resources, claimed: FileReport) -> tuple[DatasetReport, dict[str
     report = found or _read(held, claimed, request)
     if request.adapter is None or request.base_model is None or request.task is None:
         return report, None
-    from uora.sizing import footprint  # loads torch, which takes seconds
+    load_libraries()
+    from uora.sizing import footprint
 
     base = find_base(held.settings, request.base_model)
     return report, asdict(footprint(base, parse_adapter(request.adapter), request.task))
@@ -78,7 +79,8 @@ def _read(held: Resources, claimed: FileReport, request: ReportRequest) -> Datas
         path = opened.enter_context(_local_path(held, claimed, claimed.file_id))
         if request.base_model is None:
             return check_rows(path, request.task)
-        from uora.encoders import report_file  # loads torch, which takes seconds
+        load_libraries()
+        from uora.encoders import report_file
 
         training = request.training_file
         return report_file(

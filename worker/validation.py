@@ -37,7 +37,7 @@ from uora.spec import (
 from worker import failures
 from worker.context import Resources
 from worker.failures import Failure, FailureKind
-from worker.models import find_base
+from worker.models import find_base, load_libraries
 from worker.results import add_failure_event, stored_error
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def _announce(session: Session, job: Job) -> None:
 
 
 def _check(held: Resources, job: Job) -> Checked:
-    from uora.sizing import with_estimate  # loads torch, which takes seconds
+    load_libraries()
+    from uora.sizing import with_estimate
 
     base = find_base(held.settings, job.base_model)
     reports = _describe(held, job, base)
