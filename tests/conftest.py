@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()
 
 
-#: Fixtures that start servers or load models. Tests that share one run in one process, which makes it once.
+#: Fixtures that start servers or load models. Tests that share one run in one process, which makes it once; none of
+#: them lasts for the whole session, in which each process would gather the servers of all.
 SHARED = ("running", "seen", "dashboard", "world", "engine", "whole")
 
 

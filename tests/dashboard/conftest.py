@@ -43,7 +43,7 @@ class Dashboard:
         ).id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     home = tmp_path_factory.mktemp("dashboard")
     model = make_tiny_llama(home / "tiny", max_tokens=512)
@@ -66,7 +66,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         yield Dashboard(running.url, client.api_key, client, running, job.id, job.fine_tuned_model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     assert Path(BROWSER).exists(), f"NOT TESTED in a browser: there is none at {BROWSER}; run scripts/browser.sh"
     with (

@@ -16,7 +16,7 @@ def base_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"tiny": f"path:{make_tiny_llama(tmp_path_factory.mktemp('model') / 'tiny', max_tokens=512)}"}
 
 
-@pytest.fixture(scope="session", params=["embedded", pytest.param("servers", marks=pytest.mark.postgres)])
+@pytest.fixture(scope="package", params=["embedded", pytest.param("servers", marks=pytest.mark.postgres)])
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_models: dict[str, str]
 ) -> Iterator[Running]:

@@ -61,7 +61,7 @@ class World:
         return done.choices[0].text
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("importing")
     settings = Settings(
