@@ -111,6 +111,7 @@ def signed_in(page: Page, dashboard: Dashboard) -> Page:
 def sign_in(page: Page, dashboard: Dashboard) -> None:
     """As a user does: from the address of the dashboard, by keyboard."""
     page.goto(f"{dashboard.url}/dashboard")
-    page.keyboard.type(dashboard.key)  # the field has the focus
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.keyboard.type(dashboard.key)
     page.keyboard.press("Enter")
     page.wait_for_url("**/dashboard/jobs")
