@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.study.bases import DTYPE
 from benchmarks.study.data import dataset
 from benchmarks.study.jobs import WARMUP, Job, Outcome
 from benchmarks.study.scoring import Scores, score_labels
@@ -24,9 +25,9 @@ _FLOAT32_BYTES = 4
 
 
 def run(job: Job, base: LocalModel) -> Outcome:
-    """Train all weights (``full``) or the head only, in float32, and score."""
+    """Train all weights (``full``) or the head only, and score."""
     task = training_task(job.task.kind, base, dataset(job.split.train), options=job.options)
-    model = load_model(base, dtype=torch.float32, device="cpu", task=job.task.kind, labels=task.labels, seed=job.seed)
+    model = load_model(base, dtype=DTYPE, device="cpu", task=job.task.kind, labels=task.labels, seed=job.seed)
     head = {parameter for parameter in model.parameters() if parameter.requires_grad}  # as `load_model` leaves it
     in_head = sum(parameter.numel() for parameter in head)
     if job.config.method == "full":
@@ -116,10 +117,10 @@ def _predict(job: Job, model: PreTrainedModel, base: LocalModel, labels: Sequenc
 
 
 @torch.inference_mode()
-def loss_of_base(job: Job, base: LocalModel, dtype: torch.dtype) -> Scores:
+def loss_of_base(job: Job, base: LocalModel) -> Scores:
     """What the base model makes of the rows to be scored, without any training."""
     task = training_task(job.task.kind, base, dataset(job.split.train), options=job.options)
-    model = load_model(base, dtype=dtype, device="cpu", task=job.task.kind)
+    model = load_model(base, dtype=DTYPE, device="cpu", task=job.task.kind)
     examples, pieces = task.examples(dataset(job.split.test)), task.splitter(model, packing=True)
     for start in range(0, len(examples), _ROWS_AT_ONCE):
         for piece in pieces(task.collate(examples[start : start + _ROWS_AT_ONCE])):

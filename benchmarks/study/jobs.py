@@ -63,7 +63,6 @@ class Outcome:
         seconds: of the training's steps.
         tokens: trained, without padding; of images none.
         hits: of the reinitialisation.
-        dtype: of the base model.
     """
 
     scores: Scores
@@ -74,4 +73,3 @@ class Outcome:
     tokens: int = 0
     steps: int = 0
     hits: int = 0
-    dtype: str = "float32"

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.study import baselines
-from benchmarks.study.bases import Bases
+from benchmarks.study.bases import DTYPE, Bases
 from benchmarks.study.data import Split, dataset
 from benchmarks.study.jobs import Job, Outcome
 from benchmarks.study.scoring import Scores, score_labels, score_texts
@@ -86,7 +86,7 @@ class Runner:
             validation=dataset(job.split.test) if scored_by_loss else None,
             observer=watch,
             cache_dir=self.bases.places.cache,
-            dtype=self.bases.dtype(),
+            dtype=DTYPE,
         )
         artifact = loads(result.artifact)
         scores = {"loss": result.metrics["valid_loss"]} if scored_by_loss else self._score(job, base, artifact)
@@ -99,20 +99,16 @@ class Runner:
             tokens=result.trained_tokens,
             steps=result.steps,
             hits=result.hits,
-            dtype=self._dtype(),
         )
 
     def _untrained(self, job: Job) -> Outcome:
         """The base model as it is."""
         base = self.bases.get(job.task.base)
         if job.task.metric == "loss":
-            scores = baselines.loss_of_base(job, base, self.bases.dtype())
+            scores = baselines.loss_of_base(job, base)
         else:
             scores = self._writer(base).score(job.split, None)
-        return Outcome(scores=scores, dtype=self._dtype())
-
-    def _dtype(self) -> str:
-        return str(self.bases.dtype()).removeprefix("torch.")
+        return Outcome(scores=scores)
 
     def _score(self, job: Job, base: LocalModel, artifact: Artifact) -> Scores:
         if job.task.kind == "completion":
@@ -142,7 +138,7 @@ class _Server:
 
     @cached_property
     def _parts(self) -> tuple[AdapterBank, Classifier]:
-        model = load_model(self.base, dtype=self.bases.dtype(), device="cpu", task=self.kind)
+        model = load_model(self.base, dtype=DTYPE, device="cpu", task=self.kind)
         heads = Heads(model)
         weights = BaseWeights.of_local(self.base, self.kind, self.bases.places.cache)
         bank = AdapterBank(model, base_digest=self.base.digest, weights=weights, heads=heads)
@@ -180,7 +176,7 @@ class _Writer:
     @cached_property
     def _parts(self) -> tuple[AdapterBank, Batcher]:
         cache = self.bases.places.cache
-        model = load_model(self.base, dtype=self.bases.dtype(), device="cpu", task="completion", copies_in=cache)
+        model = load_model(self.base, dtype=DTYPE, device="cpu", task="completion", copies_in=cache)
         weights = BaseWeights.of_local(self.base, "completion", cache)
         bank = AdapterBank(model, base_digest=self.base.digest, weights=weights)
         tokenizer = cast(PreTrainedTokenizerFast, load_tokenizer(self.base))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import data
+from benchmarks.study.bases import DTYPE
 from benchmarks.study.jobs import Job
 from benchmarks.study.lines import Line, Lines
 from benchmarks.study.plan import Planned, Run, Study, plan
@@ -68,7 +69,7 @@ class Session:
             tokens=outcome.tokens,
             steps=outcome.steps,
             hits=outcome.hits,
-            dtype=outcome.dtype,
+            dtype=str(DTYPE).removeprefix("torch."),
             threads=torch.get_num_threads(),
             machine=machine(),
             command=f"python -m benchmarks.quality --run {shlex.quote(run.key)}",
