@@ -20,13 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from uora.artifact import loads
 from worker import failures
-from worker.collector import spared
+from worker.imports import spared
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Run, Started, State, Step, Stop, Stopped
 from worker.ranks import start_others
 
@@ -207,11 +206,8 @@ def _end_with(report: Failed, observers: Sequence[ReportingObserver]) -> NoRetur
 def _import() -> None:
     """What takes seconds to import. Nothing here touches CUDA: a child that waits for its request has no part of it."""
     with spared(), suppress(Exception):  # what fails here fails again, and is reported, when it is used
-        torch = import_module("torch")
-        # peft imports bitsandbytes, which asks CUDA for its devices.
-        asks_cuda = find_spec("bitsandbytes") is not None and torch.backends.cuda.is_built()
         import_module("uora.data")
-        import_module("transformers.modeling_utils" if asks_cuda else "uora.training.cotraining")
+        import_module("uora.training.cotraining")
 
 
 def _run(request: ChildRequest, observers: Sequence[ReportingObserver]) -> None:

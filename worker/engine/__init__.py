@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from worker.collector import spared
+from worker.imports import spared
 
 with spared():
     import_module("worker.engine.runner")  # with torch and transformers, which all modules here need
