@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from uora.artifact import loads
 from worker import failures
-from worker.imports import spared
+from worker.collector import spared
 from worker.messages import ChildRequest, Done, Evaluated, Failed, Report, Run, Started, State, Step, Stop, Stopped
 from worker.ranks import start_others
 

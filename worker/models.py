@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from api.settings import Settings
 from uora.errors import BaseModelError
-from worker.imports import spared
+from worker.collector import spared
 
 if TYPE_CHECKING:
     from uora.models import LocalModel

@@ -117,10 +117,10 @@ class TestRealChild:
     def test_its_imports_leave_cuda_alone(self) -> None:
         """bitsandbytes, which peft imports, asks CUDA for its devices."""
         script = (
-            "import sys, torch; from worker import child, imports\n"
+            "import sys, torch; from uora.imports import PutOff; from worker import child\n"
             "child._import()\n"
             "assert 'uora.training' in sys.modules and not torch.cuda.is_initialized()\n"
-            "assert isinstance(sys.modules.get('bitsandbytes', imports.PutOff('')), imports.PutOff)\n"
+            "assert isinstance(sys.modules.get('bitsandbytes', PutOff('')), PutOff)\n"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from worker.imports import spared
+from worker.collector import spared
 
 with spared():
     import_module("worker.engine.runner")  # with torch and transformers, which all modules here need

@@ -1,11 +1,8 @@
-"""Imports that take seconds, made cheaper: those of torch, transformers and peft."""
+"""Modules that others import, and that few use."""
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -31,20 +28,3 @@ def put_off(name: str) -> None:
     module = PutOff(name)
     module.__spec__, module.__file__ = spec, spec.origin  # which inspect asks every module for
     sys.modules[name] = module
-
-
-@contextmanager
-def spared() -> Iterator[None]:
-    """Import inside what takes seconds.
-
-    Nothing of it is garbage, and looking for some takes a third of the time. Nor is it looked for among all that
-    later. peft imports bitsandbytes wherever it is installed, which takes a third of the rest and asks CUDA for its
-    devices; here only a quantised base model does so.
-    """
-    put_off("bitsandbytes")
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

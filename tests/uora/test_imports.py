@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from worker.imports import PutOff, put_off, spared
+from uora.imports import PutOff, put_off
 
 
 @pytest.fixture
@@ -73,13 +71,6 @@ def test_one_that_is_not_installed_is_still_missing() -> None:
     put_off("uora_test_missing")
     with pytest.raises(ModuleNotFoundError):
         import_module("uora_test_missing")
-
-
-def test_the_garbage_collector_works_again_after_an_error() -> None:
-    with suppress(ModuleNotFoundError), spared():
-        assert not gc.isenabled()
-        import_module("uora_test_missing")
-    assert gc.isenabled()
 
 
 def test_looking_through_all_modules_imports_nothing(heavy: str) -> None:
