@@ -117,7 +117,10 @@ class JobProgress:
                     metrics=metrics | {"step": evaluated.step},
                 )
             )
-            add_metrics_event(session, job.id, evaluated.step, self._total_steps, metrics=metrics)
+            # Without validation rows it would say again what the step's own event says.
+            validated = any("valid" in name for name in metrics)
+            if validated or not _has_step_event(session, job.id, evaluated.step):
+                add_metrics_event(session, job.id, evaluated.step, self._total_steps, metrics=metrics)
             add_event(session, job.id, message=f"Checkpoint created at step {evaluated.step}")
 
     def on_state(self, state: State, content: bytes) -> None:

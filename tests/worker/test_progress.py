@@ -154,6 +154,26 @@ class TestCheckpoints:
         assert event.message == "Step 30/60: training loss=0.50, validation loss=0.70, full validation loss=0.70"
         assert any_service.messages(lease.job_id)[-1] == "Checkpoint created at step 30"
 
+    @pytest.mark.parametrize(("metrics", "events"), [({"train_loss": 0.5}, 1), (METRICS, 2)])
+    def test_without_validation_it_does_not_measure_a_step_again(
+        self, any_service: Service, metrics: Metrics, events: int
+    ) -> None:
+        lease = any_service.claim(any_service.add_job())
+        record = JobProgress(any_service.sessions, lease)
+        record.on_start(60)
+        record.on_step(make_step(60))
+        record.on_evaluation(Evaluated(step=60, metrics=metrics, file="step-60"), make_artifact())
+        assert len(any_service.events(lease.job_id, "metrics")) == events
+
+    def test_one_between_two_events_measures_its_step(self, service: Service) -> None:
+        lease = service.claim(service.add_job())
+        record = JobProgress(service.sessions, lease)
+        record.on_start(1000)
+        record.on_step(make_step(7, total=1000))
+        record.on_evaluation(Evaluated(step=7, metrics={"train_loss": 0.5}, file="step-7"), make_artifact())
+        (event,) = service.events(lease.job_id, "metrics")
+        assert event.message == "Step 7/1000: training loss=0.50"
+
     def test_a_repeated_write_changes_nothing(self, service: Service) -> None:
         record = JobProgress(service.sessions, service.claim(service.add_job()))
         for _ in range(2):
