@@ -345,7 +345,8 @@ def under_load(pool: Pool, *, seconds: float, smoke: bool) -> Measured:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uora-bench-")))
         url, *_ = stack.enter_context(database(jobs=100, events=100))
         model, source = _base_model(home, smoke=smoke)
-        running = stack.enter_context(service(home, {model: source}, UORA_DATABASE_URL=url))
+        # A spare waits for further jobs, which there are not.
+        running = stack.enter_context(service(home, {model: source}, UORA_DATABASE_URL=url, UORA_SPARE_TRAINER="false"))
         client = running.client("polled")
         rows = upload(client, chat_rows([(f"question {number}", f"answer {number}") for number in range(256)]))
         job = client.fine_tuning.jobs.create(

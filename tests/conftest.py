@@ -14,9 +14,10 @@ gc.disable()
 
 #: Fixtures that start servers or load models. Tests that share one run in one process, which makes it once; none of
 #: them lasts for the whole session, in which each process would gather the servers of all.
-SHARED = ("running", "seen", "dashboard", "world", "engine", "whole")
+SHARED = ("running", "seen", "dashboard", "processes", "world", "engine", "whole")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups after it
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Name the groups that pytest-xdist keeps together (``--dist loadgroup``)."""
     for item in items:
@@ -28,7 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What was imported is never looked at again."""
     gc.freeze()
     gc.enable()
+    if session.config.getoption("loadgroup", False):
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        # As for pytest 9.2 it does not: every process would start every server, and nothing would say so.
+        assert all("@" in item.nodeid for item in grouped), "pytest-xdist does not see the groups of tests."

@@ -47,12 +47,12 @@ class Processes:
         self.temporary.mkdir()
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *, spare: bool = False) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "celery", "-A", "worker.app", *COMMANDS[name], "-l", "INFO"]
         log = self._log(name)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command, env=self._environment(), stdout=output, stderr=output, start_new_session=True
+                command, env=self._environment(spare), stdout=output, stderr=output, start_new_session=True
             )
         self._started.append(process)
         wait_until(lambda: " ready." in tail(log), what=f"the start of the {name}", seconds=30)
@@ -89,7 +89,7 @@ class Processes:
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, spare: bool) -> dict[str, str]:
         settings = self.service.settings
         return os.environ | {
             "UORA_HOME": str(settings.home),
@@ -103,6 +103,7 @@ class Processes:
             "UORA_LEASE_TTL": "PT4S",
             "UORA_HEARTBEAT_INTERVAL": "PT0.5S",
             "UORA_SWEEP_INTERVAL": "PT1S",
+            "UORA_SPARE_TRAINER": str(spare),
             "TMPDIR": str(self.temporary),
         }
 
@@ -284,7 +285,7 @@ def test_cancel_and_shutdown(processes: Processes) -> None:
 def test_pause_and_resume(processes: Processes) -> None:
     service = processes.service
     user = Caller(project_id=service.project.id, project_slug=service.project.slug, key_id="key")
-    trainer = processes.start("trainer")
+    trainer = processes.start("trainer", spare=True)
     job_id = long_job(service)
     processes.wait_for_steps(job_id)
     with service.sessions.begin() as session:
