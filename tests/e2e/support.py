@@ -15,6 +15,7 @@ from pathlib import Path
 
 import openai
 import psutil
+import pytest
 from openai.types.fine_tuning import FineTuningJob
 from sqlalchemy.orm import Session
 
@@ -25,6 +26,10 @@ from worker.up import ROOT, wait_ready
 
 ENDED = ("succeeded", "failed", "cancelled")
 SYSTEM = "Answer with one word."
+#: A test runs on one of both services, and the main one on both: what depends on the database or the broker alone is
+#: tested on both in tests/api and tests/worker.
+EMBEDDED = pytest.mark.parametrize("running", ["embedded"], indirect=True)
+ON_SERVERS = pytest.mark.parametrize("running", [pytest.param("servers", marks=pytest.mark.postgres)], indirect=True)
 
 
 @dataclass

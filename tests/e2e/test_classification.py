@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.support import Running, upload, wait_job
+from tests.e2e.support import EMBEDDED, Running, upload, wait_job
 from worker.up import ROOT
 
 PAGE = (ROOT / "docs" / "classification.md").read_text()
@@ -49,6 +49,7 @@ def shape(value: Any) -> Any:
     return [shape(each) for each in value] if isinstance(value, list) else type(value)
 
 
+@EMBEDDED
 def test_the_guide(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
     client = running.client("sorter")
     model = trained(client)

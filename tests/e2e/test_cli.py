@@ -21,7 +21,7 @@ from cli.client import make_client
 from cli.main import app
 from cli.profiles import Profile
 from scripts import every_call
-from tests.e2e.support import ENDED, Running, chat_rows, upload, wait_job
+from tests.e2e.support import EMBEDDED, ENDED, Running, chat_rows, upload, wait_job
 from worker.up import ROOT
 
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cli.md").read_text(), flags=re.DOTALL)
@@ -30,7 +30,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 NOT_RUN = {"uora up"}
 ROWS = chat_rows([("up", "down"), ("left", "right")] * 8)
 
-pytestmark = pytest.mark.parametrize("running", ["embedded"], indirect=True)
+pytestmark = EMBEDDED
 
 
 def client_of(running: Running, name: str, *, organization_wide: bool) -> openai.OpenAI:

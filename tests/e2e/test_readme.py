@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from tests.e2e.support import Running, chat_rows
+from tests.e2e.support import EMBEDDED, Running, chat_rows
 from tests.uora.toys import PROVENANCE, llama
 from worker.up import ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
+@EMBEDDED
 def test_the_job(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = running.client("reader")
     changes = {

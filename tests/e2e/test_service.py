@@ -14,15 +14,25 @@ import psutil
 import pytest
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
-from tests.e2e.support import ENDED, SYSTEM, Running, ask, chat_rows, service, upload, wait_for, wait_job
+from tests.e2e.support import (
+    EMBEDDED,
+    ENDED,
+    ON_SERVERS,
+    SYSTEM,
+    Running,
+    ask,
+    chat_rows,
+    service,
+    upload,
+    wait_for,
+    wait_job,
+)
 
 WORDS = ["sun", "moon", "rain", "snow", "wind", "leaf", "rock", "sand"]
 #: A tiny random model learns to begin with the right letter, and no more.
 DAY = chat_rows([(word, "day") for word in WORDS] * 4)
 NIGHT = chat_rows([(word, "night") for word in WORDS] * 4)
 QUICK = {"n_epochs": 12, "batch_size": 8}
-#: Of tests that are long, and whose embedded twins are in tests/worker and scripts.demo.
-ON_SERVERS = pytest.mark.parametrize("running", [pytest.param("servers", marks=pytest.mark.postgres)], indirect=True)
 
 
 def tune(client: openai.OpenAI, rows: bytes, **options: object) -> openai.types.fine_tuning.FineTuningJob:
@@ -134,6 +144,7 @@ def test_five_methods_tune_and_answer_together(running: Running) -> None:
     assert together == alone
 
 
+@EMBEDDED
 def test_a_bad_row_fails_the_job_before_training(running: Running) -> None:
     client = running.client("careless")
     bad = DAY + b'{"messages": [{"role": "user", "content": "no answer"}]}\n'
@@ -161,6 +172,7 @@ def children(running: Running) -> list[psutil.Process]:
     return [process for process in found if "worker.child" in " ".join(process.cmdline()) and process.cwd() != "/"]
 
 
+@ON_SERVERS
 def test_cancel_stops_the_training_process(running: Running) -> None:
     client = running.client("hasty")
     job_id = long_job(client)
@@ -218,6 +230,7 @@ def test_a_paused_job_goes_on_where_it_stopped(running: Running) -> None:
     assert ask(client, night.fine_tuned_model or "", "moon", max_tokens=1) == "n"
 
 
+@ON_SERVERS
 def test_a_killed_training_process_is_reported_and_the_service_goes_on(running: Running) -> None:
     client = running.client("unlucky")
     job_id = long_job(client)
