@@ -230,8 +230,11 @@ def _median(values: list[Measured]) -> Measured:
 
 
 @contextmanager
-def database(*, jobs: int, events: int) -> Iterator[tuple[str, str, str, list[str]]]:
-    """A database on the PostgreSQL server with one project's jobs and so many events of each: URL, key, file, ids."""
+def database(*, jobs: int, events: int, unfinished: bool = True) -> Iterator[tuple[str, str, str, list[str]]]:
+    """A database on the PostgreSQL server with one project's jobs and so many events of each: URL, key, file, ids.
+
+    Without those that are ``unfinished``, which a trainer would take.
+    """
     name = f"uora_bench_{secrets.token_hex(4)}"
     with psycopg.connect(f"postgresql://{POSTGRES}/postgres", autocommit=True) as admin:
         admin.execute(f'CREATE DATABASE "{name}"')
@@ -239,7 +242,7 @@ def database(*, jobs: int, events: int) -> Iterator[tuple[str, str, str, list[st
             console.print(f"filling a database: {jobs:,} jobs, {jobs * events:,} events", style="dim")
             url = f"postgresql+psycopg://{POSTGRES}/{name}"
             migrate(Settings(database_url=url, engine_token=SecretStr("none")))
-            filled = _add_jobs(url, jobs)
+            filled = _add_jobs(url, range(0 if unfinished else len(STATUSES), jobs))
             with psycopg.connect(f"postgresql://{POSTGRES}/{name}", autocommit=True) as connection:
                 connection.execute(EVENTS, [events])
                 connection.execute("UPDATE jobs SET event_count = %s", [events])
@@ -249,7 +252,7 @@ def database(*, jobs: int, events: int) -> Iterator[tuple[str, str, str, list[st
             admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
-def _add_jobs(url: str, count: int) -> tuple[str, str, list[str]]:
+def _add_jobs(url: str, numbers: range) -> tuple[str, str, list[str]]:
     engine = make_engine(url)
     with Session(engine) as session, session.begin():
         project = create_project(session, "bench")
@@ -263,7 +266,7 @@ def _add_jobs(url: str, count: int) -> tuple[str, str, list[str]]:
             sha256="0" * 64,
             storage_key="none",
         )
-        jobs = [_job(project.id, file.id, number) for number in range(count)]
+        jobs = [_job(project.id, file.id, number) for number in numbers]
         session.add_all([file, *jobs])
         filled = key, file.id, [job.id for job in jobs]
     engine.dispose()
@@ -343,7 +346,7 @@ def under_load(pool: Pool, *, seconds: float, smoke: bool) -> Measured:
 
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uora-bench-")))
-        url, *_ = stack.enter_context(database(jobs=100, events=100))
+        url, *_ = stack.enter_context(database(jobs=100, events=100, unfinished=False))
         model, source = _base_model(home, smoke=smoke)
         # A spare waits for further jobs, which there are not.
         running = stack.enter_context(service(home, {model: source}, UORA_DATABASE_URL=url, UORA_SPARE_TRAINER="false"))

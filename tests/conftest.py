@@ -14,7 +14,7 @@ gc.disable()
 
 #: Fixtures that start servers or load models. Tests that share one run in one process, which makes it once; none of
 #: them lasts for the whole session, in which each process would gather the servers of all.
-SHARED = ("running", "seen", "dashboard", "processes", "world", "engine", "whole")
+SHARED = ("running", "seen", "dashboard", "processes", "world", "engine", "whole", "twofold")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups after it

@@ -1,8 +1,8 @@
-"""A run of several processes: ``python -m torch.distributed.run ... -m tests.uora.training.distributed_run FOLDER``.
+"""Runs of several processes: ``torchrun ... -m tests.uora.training.distributed_run FOLDER ...``.
 
-The folder has a tiny base model in ``base``, ``spec.json``, the name of a ``case``, after how many questions to stop in
-``stop_after``, maybe a state in ``resume``, and maybe how many tokens go through the model at once in ``shard``, for a
-sharded run. Each process writes what its observer was told, its last state and its adapter to files of its own.
+The folder of a run has a tiny base model in ``base``, ``spec.json``, the name of a ``case``, after how many questions to
+stop in ``stop_after``, maybe a state in ``resume``, and maybe how many tokens go through the model at once in ``shard``,
+for a sharded run. Each process writes what its observer was told, its last state and its adapter to files of its own.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def main(folder: Path) -> None:
     stop_after = int((folder / "stop_after").read_text())
     resume = folder / "resume"
     shard = folder / "shard"
-    if shard.exists():
-        MAX_TOKENS_AT_ONCE["cpu"] = int(shard.read_text())
+    tokens_at_once = int(shard.read_text()) if shard.exists() else MAX_TOKENS_AT_ONCE["cpu"]
     data = Dataset(case.rows[:N_ROWS], "d" * 64)
     recorder = Recorder(stop_after=stop_after if rank == "0" else None)
     stopped = False
     try:
-        with patch.object(trainer, "train_run", wraps=trainer.train_run) as train_run:
+        with (
+            patch.dict(MAX_TOKENS_AT_ONCE, cpu=tokens_at_once),
+            patch.object(trainer, "train_run", wraps=trainer.train_run) as train_run,
+        ):
             result = train(
                 TrainingSpec.model_validate_json((folder / "spec.json").read_text()),
                 base=fetch("tiny", f"path:{folder / 'base'}", cache_dir=folder / f"cache-{rank}"),
@@ -67,7 +69,6 @@ def main(folder: Path) -> None:
     }
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     distributed.barrier()  # none leaves while another still talks to it
-    distributed.destroy_process_group()
 
 
 def frozen_bytes(model: nn.Module) -> int:
@@ -78,7 +79,9 @@ def frozen_bytes(model: nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        main(Path(argument))
+    distributed.destroy_process_group()
     # As a job's own process ends: torch's threads have been seen to abort a process that took itself down in order.
     sys.stdout.flush()
     os._exit(0)
