@@ -1,8 +1,9 @@
 """Runs of several processes: ``torchrun ... -m tests.uora.training.distributed_run FOLDER ...``.
 
-The folder of a run has a tiny base model in ``base``, ``spec.json``, the name of a ``case``, after how many questions to
-stop in ``stop_after``, maybe a state in ``resume``, and maybe how many tokens go through the model at once in ``shard``,
-for a sharded run. Each process writes what its observer was told, its last state and its adapter to files of its own.
+The folder of a run has a tiny base model in ``base``, ``spec.json``, the name of a ``case``, after how many questions
+to stop in ``stop_after``, maybe a state in ``resume``, and maybe how many tokens go through the model at once in
+``shard``, for a sharded run. Each process writes what its observer was told, its last state and its adapter to files of
+its own.
 """
 
 from __future__ import annotations
