@@ -386,12 +386,12 @@ def test_steps_made_again_are_told_once(any_service: Service) -> None:
     first.on_start(60)
     for number in (1, 2, 3):
         first.on_step(make_step(number))
-    first.on_evaluation(Evaluated(step=3, metrics={"train_loss": 0.5}, file="a"), make_artifact())
+    first.on_evaluation(Evaluated(step=3, metrics={"valid_loss": 0.5}, file="a"), make_artifact())
     second = JobProgress(any_service.sessions, any_service.claim(job_id, owner="two"))
     second.on_start(60)
     for number in (3, 4):
         second.on_step(make_step(number))
-    second.on_evaluation(Evaluated(step=3, metrics={"train_loss": 0.5}, file="a"), make_artifact())
+    second.on_evaluation(Evaluated(step=3, metrics={"valid_loss": 0.5}, file="a"), make_artifact())
 
     steps = [(event.data or {})["step"] for event in any_service.events(job_id, "metrics")]
     assert steps == [1, 2, 3, 3, 4]  # the second 3 is the evaluation
