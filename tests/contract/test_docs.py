@@ -1,7 +1,8 @@
-"""The scripts of docs/webhooks.md and docs/usage.md are run as they stand."""
+"""The scripts and commands of docs/webhooks.md, docs/usage.md and docs/keys.md are run as they stand."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -18,9 +19,9 @@ from openai import OpenAI
 from tests.api.support import ROOT, Service, wait_until
 
 
-def scripts_of(page: str) -> list[str]:
-    """What is marked as Python in it."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+def scripts_of(page: str, language: str = "python") -> list[str]:
+    """What is marked as Python in it, or as something else."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
 MAKE, RECEIVE = scripts_of("webhooks.md")
@@ -81,6 +82,25 @@ def test_usage_is_read_and_quotas_are_changed(
     assert capsys.readouterr().out.split() == ["rl-all-models", "0", "0"]
     found = next(iter(names["limits"].list_rate_limits(service.tenant.project_id)))
     assert (found.max_requests_per_1_minute, found.max_tokens_per_1_minute) == (600, 0)
+
+
+def test_each_command_is_answered(service: Service) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "BASE": f"{service.url}/v1",
+        "KEY": service.tenant.key,
+        "PROJECT": service.tenant.project_id,
+    }
+    said = []
+    for command in [*scripts_of("keys.md", "sh"), *scripts_of("usage.md", "sh")]:
+        script = command.replace("curl -s", "curl --fail-with-body --show-error -s")
+        done = subprocess.run(["/bin/sh", "-ec", script], env=environment, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(json.loads(done.stdout))
+    key, usage, quotas = said
+    assert (key["name"], set(key["scopes"])) == ("laptop", {"read", "infer"})
+    assert usage["object"] == "page"
+    assert (quotas["jobs_running"], quotas["bytes_stored"]) == (2, 10_000_000_000)
 
 
 def status_of(client: OpenAI, endpoint_id: str) -> int | None:

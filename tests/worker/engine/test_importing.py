@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -75,6 +77,24 @@ def test_the_scripts_of_the_page(
     guest = world.tenants[1].project_id
     exec(share, names | {"model": name, "other_project": guest})  # noqa: S102 - the page's own script
     assert guest in capsys.readouterr().out
+
+
+def test_the_command_of_the_page(world: World, tmp_path: Path) -> None:
+    (command,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    expected = peft_folder(world, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "my-adapter")
+    client = world.client()
+    root = str(client.base_url).rstrip("/").removesuffix("/v1")
+    script = command.replace("SmolLM2-135M-Instruct", "tiny").replace("curl", "curl -sS --fail-with-body")
+    done = subprocess.run(
+        ["/bin/sh", "-ec", script],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "URL": root, "KEY": client.api_key},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert world.ask(json.loads(done.stdout)["id"]) == expected
 
 
 def stored(world: World, tmp_path: Path) -> Artifact:
