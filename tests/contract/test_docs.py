@@ -35,6 +35,23 @@ def free_port() -> int:
         return port
 
 
+RUN_HERE = {"webhooks.md", "usage.md", "keys.md"}
+#: Pages whose commands no test runs, and why.
+NOT_RUN = {
+    "api.md": "made by scripts/api_reference.py from what scripts/record_examples.py did to a running service",
+    "dashboard.md": "the command makes the page's pictures anew",
+    "results.md": "the commands of the study, hours in all",
+}
+
+
+def test_every_page_with_commands_has_a_test() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
+    for page in (ROOT / "docs").glob("*.md"):
+        commands = re.findall(r"^```(?:sh|bash|python|py)$", page.read_text(), flags=re.MULTILINE)
+        if commands and page.name not in {*NOT_RUN, *RUN_HERE}:
+            assert f'"{page.name}"' in sources, f"no test runs the commands of docs/{page.name}"
+
+
 def test_the_receiver_takes_what_the_endpoint_is_sent(
     service: Service,
     client: OpenAI,
