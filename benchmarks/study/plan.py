@@ -120,7 +120,7 @@ GLUE_TARGETS = "q,v"
 WRITER_TARGETS = "all-linear"
 #: A learning rate that suits a method, from which tuning goes on.
 FIRST_RATES = {
-    "uora": 3e-2, "vera": 1e-2, "lora": 1e-3, "olora": 3e-4, "osora": 1e-2, "full": 1e-4, "head": 3e-2, "none": 1.0,
+    "uora": 1e-1, "vera": 1e-1, "lora": 3e-3, "olora": 3e-3, "osora": 3e-2, "full": 1e-4, "head": 3e-2, "none": 1.0,
 }  # fmt: skip
 HEAD = Config("head")
 DEFAULT_RANKS = {"uora": 64, "vera": 64, "lora": 8, "olora": 8, "osora": 64}
