@@ -106,7 +106,10 @@ def test_the_ladder_of_rates(first: float, steps: int, expected: float) -> None:
     [(1e-3, 3, 1e-3), (1e-2, 5, 1e-2), (1.0, 5, 3e-2), (1e-9, 5, 3e-5)],
     ids=["in the middle", "beyond the edge", "never enough", "never little enough"],
 )
-def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(best: float, tried: int, taken: float) -> None:
+def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(
+    monkeypatch: pytest.MonkeyPatch, best: float, tried: int, taken: float
+) -> None:
+    monkeypatch.setitem(FIRST_RATES, "lora", 1e-3)
     study, lines = Study(), Lines()
     task, config = study.task("rte"), Config("lora", 8, "q,v")
     rate: float | None = None
@@ -146,7 +149,7 @@ def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
     task, config = study.task("rte"), Config("lora", 8, "q,v")
     for run in tune(study, task, config, lines)[0]:
         lines.add(line(run, 50.0))
-    assert tune(study, task, config, lines)[1] == 1e-3
+    assert tune(study, task, config, lines)[1] == FIRST_RATES["lora"]
 
 
 # --- lines
