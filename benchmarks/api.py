@@ -233,7 +233,7 @@ def _median(values: list[Measured]) -> Measured:
 def database(*, jobs: int, events: int, unfinished: bool = True) -> Iterator[tuple[str, str, str, list[str]]]:
     """A database on the PostgreSQL server with one project's jobs and so many events of each: URL, key, file, ids.
 
-    Without those that are ``unfinished``, which a trainer would take.
+    Jobs that are ``unfinished`` are left out where a trainer would take them.
     """
     name = f"uora_bench_{secrets.token_hex(4)}"
     with psycopg.connect(f"postgresql://{POSTGRES}/postgres", autocommit=True) as admin:

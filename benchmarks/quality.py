@@ -5,10 +5,9 @@ Five methods beside full fine-tuning and a head alone on GLUE, E2E, chat and ima
 started again. ``python -m benchmarks.quality report`` writes ``docs/results.md``, ``docs/choosing.md`` and their plots
 from the lines that there are.
 
-About 430 runs, six to seven hours on two cores, by rows timed on one core beside other work (an AMD EPYC that computes
-in bfloat16), counted as 1.7 times as fast on two. Tuning: GLUE 45 minutes, E2E 20, chat 15, images 10. Final runs: GLUE
-2 hours, E2E 40 minutes, chat 35, images 30. Reinitialisation 75 minutes, ranks and targets 20. ``--list`` counts what
-is left from the lines that there are.
+About 430 runs. On two cores of a processor without bfloat16 or AVX-512 a tuning run of GLUE takes 30 to 70 seconds,
+and a final one up to a few minutes: six hours for GLUE, the most of it; ``--list`` estimates the rest from the lines
+that there are.
 
 What it needs: the extra ``study``; ``glue/`` and ``e2e/`` beside the checkout or by ``--data``; Debian's package
 dataset-fashion-mnist. Models and the chat rows are downloaded from the package index.
