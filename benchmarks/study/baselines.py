@@ -37,7 +37,7 @@ def run(job: Job, base: LocalModel) -> Outcome:
     found = list(_predict(job, model.eval(), base, task.labels))
     expected = [cast(TextRow | ImageRow, row).label for row in job.split.test]
     return Outcome(
-        scores=score_labels(job.task.metric, found, expected),
+        scores=score_labels(job.metric, found, expected),
         trainable_parameters=trained - in_head,
         head_parameters=in_head,
         stored_bytes=trained * _FLOAT32_BYTES,

@@ -10,7 +10,7 @@ from benchmarks.study.findings import GENERATED, state
 from benchmarks.study.markdown import number, paragraphs, points, rate, table
 from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Study, Task
 from benchmarks.study.results import Mean, Result, Results, compare, gain
-from benchmarks.study.tables import PART_TITLES, choices_table, main_table
+from benchmarks.study.tables import PART_TITLES, choices_table, digits, main_table
 from uora.spec import METHODS, UoraSpec
 
 #: What the data of a part is like.
@@ -108,7 +108,7 @@ def _choice(results: Results, part: Part) -> list[str]:
     if not found:
         return [_DATA[part], "not measured yet", *["-"] * 6]
     small, top = cheapest(found, metric), best(found, metric)
-    digits = 3 if metric == "loss" else 1
+    places = digits(metric)
     return [
         f"{_DATA[part]} ({PART_TITLES[part]})",
         f"**{_named(small.config)}**",
@@ -117,7 +117,7 @@ def _choice(results: Results, part: Part) -> list[str]:
         _named(top.config),
         top.rates,
         number(top.stored_bytes),
-        points(gain(metric, small.mean, top.mean), digits),
+        points(gain(metric, small.mean, top.mean), places),
     ]
 
 

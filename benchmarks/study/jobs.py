@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.study.data import Split
 from benchmarks.study.plan import Config, Task
-from benchmarks.study.scoring import Scores
+from benchmarks.study.scoring import Metric, Scores
 from uora.spec import Hyperparameters, TrainingOptions, TrainingSpec, parse_adapter
 
 #: Share of the steps in which the learning rate rises.
@@ -15,11 +15,12 @@ WARMUP = 0.06
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration on the rows of one split, at one learning rate and seed."""
+    """One configuration on the rows of one split, at one learning rate and seed, scored by one metric."""
 
     task: Task
     config: Config
     split: Split
+    metric: Metric
     learning_rate: float
     epochs: int
     seed: int

@@ -18,7 +18,7 @@ class Line:
         part: of the study.
         r, targets: None where a method has none.
         settings: of the reinitialisation, where they are not the default.
-        purpose: ``tune`` on a split of train, or ``test``.
+        purpose: ``tune`` or ``head`` on a split of train, or ``test``.
         rows, test_rows: how many were trained on, and scored.
         score: by ``metric``; ``scores`` has what else was measured.
         trainable_parameters: without the head's.

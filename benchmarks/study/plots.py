@@ -32,7 +32,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """All plots; one for which nothing was measured says so."""
     drawn = [_save(folder / "playground.svg", len(_PARTS), partial(_playground, results))]
     for part in _PARTS:
-        tasks = results.study.in_part(part)
+        tasks = [task for task in results.study.in_part(part) if task.rates_of is None]
         drawn.append(_save(folder / f"rates-{part}.svg", len(tasks), partial(_rates, results, tasks)))
     drawn.append(_save(folder / "reinitialisation.svg", len(hits.tasks(results)), partial(_hits, results)))
     return drawn
@@ -79,7 +79,10 @@ def _rates(results: Results, tasks: Sequence[Task], axes: Sequence[Any]) -> None
     """The tuning: held-out score by learning rate."""
     for task, panel in zip(tasks, axes, strict=True):
         panel.set(
-            title=task.title, xlabel="learning rate", ylabel=f"{TITLES[task.metric]}, held-out train", xscale="log"
+            title=task.title,
+            xlabel="learning rate",
+            ylabel=f"{TITLES[task.tuning_metric or task.metric]}, held-out train",
+            xscale="log",
         )
         for config in results.study.configs(task):
             lines = results.tuning(task, config)

@@ -168,6 +168,12 @@ class Results:
         found = [line for run in own if (line := self.lines.find(run.key)) is not None]
         return sorted(found, key=lambda line: line.learning_rate)
 
+    def heads(self, task: Task) -> list[Line]:
+        """The main adapter with its best rate and others of the head, lowest first."""
+        runs = [run for run in self.planned.runs if (run.purpose, run.task.name) == ("head", task.name)]
+        found = [line for run in runs if (line := self.lines.find(run.key)) is not None]
+        return sorted(found, key=lambda line: line.head_learning_rate or 0.0)
+
     def count(self, chosen: Callable[[Run], bool]) -> tuple[int, int]:
         """Of the planned runs so chosen: how many have their line, how many there are."""
         runs = [run for run in self.planned.runs if chosen(run)]

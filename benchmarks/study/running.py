@@ -78,7 +78,7 @@ class Runner:
 
     def _adapter(self, job: Job) -> Outcome:
         base, watch = self.bases.get(job.task.base), Watch()
-        scored_by_loss = job.task.metric == "loss"
+        scored_by_loss = job.metric == "loss"
         result = train(
             job.training_spec(),
             base=base,
@@ -104,7 +104,7 @@ class Runner:
     def _untrained(self, job: Job) -> Outcome:
         """The base model as it is."""
         base = self.bases.get(job.task.base)
-        if job.task.metric == "loss":
+        if job.metric == "loss":
             scores = baselines.loss_of_base(job, base)
         else:
             scores = self._writer(base).score(job.split, None)
@@ -117,7 +117,7 @@ class Runner:
         if key not in self._classifiers:
             self._classifiers[key] = _Server(base, job.task.kind, self.bases)
         return score_labels(
-            job.task.metric,
+            job.metric,
             [decided(each) for each in self._classifiers[key].predict(job.split.test, artifact)],
             [cast(TextRow | ImageRow, row).label for row in job.split.test],
         )

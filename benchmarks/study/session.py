@@ -38,9 +38,8 @@ class Session:
         """Run it."""
         begun = time.perf_counter()
         split = self._split(run)
-        job = Job(run.task, run.config, split, run.learning_rate, run.size.epochs, run.seed, run.head_rate)
+        job = Job(run.task, run.config, split, run.metric, run.learning_rate, run.size.epochs, run.seed, run.head_rate)
         outcome = self.runner.run(job)
-        metric = run.task.metric
         return Line(
             key=run.key,
             part=run.part,
@@ -58,8 +57,8 @@ class Session:
             batch=run.task.batch,
             rows=len(split.train),
             test_rows=len(split.test),
-            metric=metric,
-            score=round(outcome.scores[metric], 4),
+            metric=run.metric,
+            score=round(outcome.scores[run.metric], 4),
             scores={name: round(score, 4) for name, score in outcome.scores.items()},
             trainable_parameters=outcome.trainable_parameters,
             head_parameters=outcome.head_parameters,

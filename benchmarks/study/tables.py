@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.study.markdown import NOTHING, number, table
-from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Task
+from benchmarks.study.lines import Line
+from benchmarks.study.markdown import NOTHING, number, rate, table
+from benchmarks.study.plan import CHOICE_TASKS, HEAD_RATES, HEAD_TASKS, Config, Part, Task
 from benchmarks.study.results import Result, Results
 from benchmarks.study.scoring import TITLES, lower_is_better
 
@@ -71,11 +72,11 @@ def score_text(result: Result | None) -> str:
     if result is None:
         return NOTHING
     marked = "" if result.complete else f" ({len(result.lines)} of {result.planned} seeds)"
-    return result.mean.text(digits(result.task)) + marked
+    return result.mean.text(digits(result.task.metric)) + marked
 
 
-def digits(task: Task) -> int:
-    return 3 if lower_is_better(task.metric) else 1
+def digits(metric: str) -> int:
+    return 3 if lower_is_better(metric) else 1
 
 
 def choices_table(results: Results) -> str:
@@ -89,6 +90,24 @@ def choices_table(results: Results) -> str:
     ]
     header = ["method, targets", *(task.title for task in tasks), "average", "trained numbers", "stored bytes"]
     return table([*header, "seconds per 1,000 tokens"], rows) if rows else ""
+
+
+def heads_table(results: Results) -> str:
+    """What the head's learning rate does beside the main adapter; empty if nothing is there."""
+    tasks = [results.study.task(name) for name in HEAD_TASKS]
+    rows = [
+        [task.title, rate(lines[0].learning_rate), *(_at(lines, each, digits(lines[0].metric)) for each in HEAD_RATES)]
+        for task in tasks
+        if (lines := results.heads(task))
+    ]
+    main = results.study.main(tasks[0])
+    header = [f"{main.label}, {main.targets}", "its rate", *(f"head at {rate(each)}" for each in HEAD_RATES)]
+    return table(header, rows) if rows else ""
+
+
+def _at(lines: Sequence[Line], head_rate: float, places: int) -> str:
+    scores = [line.score for line in lines if line.head_learning_rate == head_rate]
+    return f"{scores[0]:.{places}f}" if scores else NOTHING
 
 
 def named(results: Results, task: Task, method: str) -> Config:

@@ -116,4 +116,4 @@ def _against(results: Results, task: Task, label: str) -> str:
     if verdict is None:
         return "?"
     ours, theirs = (complete(results, task, each) for each in (results.study.main(task), config))
-    return f"{verdict} {points(gain(task.metric, ours.mean, theirs.mean), digits(task) + 1)}"
+    return f"{verdict} {points(gain(task.metric, ours.mean, theirs.mean), digits(task.metric) + 1)}"

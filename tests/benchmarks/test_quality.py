@@ -11,7 +11,20 @@ import pytest
 
 from benchmarks.study import choosing, data, findings, hits, report, tiny_data
 from benchmarks.study.lines import Line, Lines
-from benchmarks.study.plan import FIRST_RATES, HEAD, PARTS, TASKS, Config, Run, Study, plan, rung, tune
+from benchmarks.study.plan import (
+    FIRST_RATES,
+    HEAD,
+    HEAD_RATES,
+    HEAD_TASKS,
+    PARTS,
+    TASKS,
+    Config,
+    Run,
+    Study,
+    plan,
+    rung,
+    tune,
+)
 from benchmarks.study.results import Mean, Results, compare, gain
 from benchmarks.study.scoring import score_labels, score_texts
 from uora.data import CompletionRow, ImageRow, TextRow
@@ -30,7 +43,7 @@ def line(run: Run, score: float) -> Line:
         targets=run.config.targets, settings=dict(run.config.settings), purpose=run.purpose, seed=run.seed,
         learning_rate=run.learning_rate, head_learning_rate=run.head_rate,
         epochs=run.size.epochs, batch=run.task.batch, rows=100, test_rows=50,
-        metric=run.task.metric, score=score, scores={run.task.metric: score, "rouge_l": 60.0, "nist": 4.0},
+        metric=run.metric, score=score, scores={run.metric: score, "rouge_l": 60.0, "nist": 4.0},
         trainable_parameters=5_376 if method == "uora" else 73_728, head_parameters=770,
         stored_bytes=BYTES.get(method, 90_000_000) + (run.config.r or 0), seconds=10.0, total_seconds=12.0,
         tokens=5_000, steps=20, hits=4 if run.config.settings == (("tau", 1e-3),) else 0, dtype="float32", threads=2,
@@ -52,7 +65,7 @@ def by_method(**points: float) -> Score:
 
     def score(run: Run) -> float:
         if run.purpose == "tune":  # the first rate is the best
-            return -abs(run.learning_rate - _first(run)) * (-1 if run.task.metric == "loss" else 1)
+            return -abs(run.learning_rate - _first(run)) * (-1 if run.metric == "loss" else 1)
         over = points.get(run.config.method, 0.0)
         return 70.0 + (-over if run.task.metric == "loss" else over) + 0.5 * run.seed
 
@@ -114,7 +127,7 @@ def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(
     task, config = study.task("rte"), Config("lora", 8, "q,v")
     rate: float | None = None
     while rate is None:
-        runs, rate = tune(study, task, config, lines)
+        runs, rate = tune(study, task, config, lines, part="glue")
         for run in runs:
             distance = max(run.learning_rate / best, best / run.learning_rate)
             if lines.find(run.key) is None:
@@ -127,8 +140,33 @@ def test_heads_take_the_rate_of_a_head_alone_which_is_tuned_first() -> None:
     study, lines = Study(), Lines()
     first = [run for run in plan(study, lines).runs if run.task.has_head]
     assert {run.config.method for run in first} == {"head"}
-    rates = {run.head_rate for run in filled(by_method()).planned.runs if run.task.has_head and run.config != HEAD}
-    assert rates == {FIRST_RATES["head"]}
+    runs = [run for run in filled(by_method()).planned.runs if run.task.has_head and run.config != HEAD]
+    assert {run.head_rate for run in runs if run.purpose != "head"} == {FIRST_RATES["head"]}
+
+
+def test_other_rates_of_the_head_are_looked_at_beside_the_tuned_adapter() -> None:
+    results = filled(by_method())
+    for name in HEAD_TASKS:
+        task = results.study.task(name)
+        heads = results.heads(task)
+        assert tuple(line.head_learning_rate for line in heads) == HEAD_RATES
+        assert {line.learning_rate for line in heads} == {FIRST_RATES["uora"]}
+        tuned = results.tuning(task, results.study.main(task))
+        assert {line.head_learning_rate for line in tuned} == {FIRST_RATES["head"]}
+
+
+def test_a_task_without_a_tuning_takes_the_rates_of_another() -> None:
+    plain = by_method()
+
+    def faster(run: Run) -> float:
+        if (run.task.name, run.config.method, run.purpose) == ("sst2", "lora", "tune"):
+            return -abs(run.learning_rate - 1e-2)
+        return plain(run)
+
+    runs = filled(faster).planned.runs
+    rates = {run.task.name: run.learning_rate for run in runs if run.config.method == "lora" and run.purpose == "test"}
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {"sst2", "mrpc", "cola", "rte"}
+    assert {run.task.name for run in runs if run.purpose == "tune" and run.task.part == "glue"} == {"sst2", "stsb"}
 
 
 def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None:
@@ -147,9 +185,9 @@ def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None
 def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
     study, lines = Study(), Lines()
     task, config = study.task("rte"), Config("lora", 8, "q,v")
-    for run in tune(study, task, config, lines)[0]:
+    for run in tune(study, task, config, lines, part="glue")[0]:
         lines.add(line(run, 50.0))
-    assert tune(study, task, config, lines)[1] == FIRST_RATES["lora"]
+    assert tune(study, task, config, lines, part="glue")[1] == FIRST_RATES["lora"]
 
 
 # --- lines
