@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.study import hits
 from benchmarks.study.data import SUBSET_SEED
 from benchmarks.study.markdown import NOTHING, number, paragraphs, rate, table
-from benchmarks.study.plan import PARTS, TUNING_SEED, Config, Part, Size, Study, Task
+from benchmarks.study.plan import HEAD_RATE, PARTS, TUNING_SEED, Config, Part, Size, Study, Task
 from benchmarks.study.results import Results
 from benchmarks.study.scoring import TITLES
 from benchmarks.study.tables import PART_TITLES, choices_table, digits, heads_table, main_table
@@ -80,10 +80,10 @@ def _what(results: Results) -> list[str]:
         "the official dev set, E2E on meanings of its test set with all their references (it is trained on its dev "
         "set). Learning rates are tuned for each method, rank and targets on rows held out of train, with seed "
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
-        "made; never on what is scored. A task's heads take the rate that was the best for a head alone. MRPC, CoLA "
-        "and RTE have too few rows to hold out enough of them: among a few hundred, chance moves a score by more than "
-        "a rate does. They take the rates of SST-2, for every method alike. AdamW, linear decay, warm-up over 6 % of "
-        "the steps.",
+        "made, then between the best and its neighbours (2, 5); never on what is scored. Heads learn at "
+        f"{rate(HEAD_RATE)} beside whatever is trained; a head alone is tuned. MRPC, CoLA and RTE have too few rows to "
+        "hold out enough of them: among a few hundred, chance moves a score by more than a rate does. They take the "
+        "rates of SST-2, for every method alike. AdamW, linear decay, warm-up over 6 % of the steps.",
         "Adapters are trained and served by the service's own code, over base models in float32, so that scores do not "
         "depend on whether the processor computes in bfloat16. Scores are times 100, with the standard deviation over "
         "seeds. Trained numbers are without the head; stored bytes are with it, in float32. Seconds are those of "

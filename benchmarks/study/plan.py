@@ -3,8 +3,8 @@
 A run is named by its `Run.key`, in which everything is that its result depends on; a run whose line is there is not
 made again. Learning rates are tuned for each method, rank and targets on each task that does not take another's: the
 tuning runs go up and down a ladder of rates from a rate that suits the method until the best one has a worse one on
-each side. The head of a task takes the rate that was the best for a head alone, whatever is trained beside it, so that
-no method waits for its head; what other rates of it do beside the main adapter is looked at by itself.
+each side, and then try one more in between on each: near where a training breaks, three times a rate is far. Beside
+whatever is trained, heads have one rate, `HEAD_RATE`; what others do beside the main adapter is looked at by itself.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ FIRST_RATES = {
     "uora": 1e-1, "vera": 1e-1, "lora": 3e-3, "olora": 3e-3, "osora": 3e-2, "full": 1e-4, "head": 3e-2, "none": 1.0,
 }  # fmt: skip
 HEAD = Config("head")
-#: Tried for the head beside the main adapter, at the adapter's best rate.
-HEAD_RATES = (1e-3, 1e-2, 1e-1)
+#: Of the head beside an adapter or all weights, and what else is tried beside the main adapter.
+HEAD_RATE, HEAD_RATES = 1e-2, (1e-3, 1e-2, 1e-1)
 HEAD_TASKS = ("sst2", "stsb")
 DEFAULT_RANKS = {"uora": 64, "vera": 64, "lora": 8, "olora": 8, "osora": 64}
 #: Settings of the reinitialisation beside the default, ``tau`` 1e-5 shared by all layers, which every part has.
@@ -180,7 +180,7 @@ def _glue(
 #: MRPC, CoLA and RTE take SST-2's rates. Of their few rows a tuning could hold out some hundreds, among which chance
 #: moves a score by more than a rate does (MRPC: 70.4 to 71.7 at all rates of four methods, 600 rows and 300 held out).
 TASKS: tuple[Task, ...] = (
-    _glue("sst2", "SST-2", "accuracy", train=1600, row_seconds=0.016, tuning=Size(1200, 1000, 2)),
+    _glue("sst2", "SST-2", "accuracy", train=1600, row_seconds=0.016, tuning=Size(800, 1000, 2)),
     _glue("mrpc", "MRPC", "accuracy_f1", train=1000, row_seconds=0.033, rates_of="sst2"),
     _glue("cola", "CoLA", "matthews", train=2000, row_seconds=0.014, rates_of="sst2"),
     _glue("rte", "RTE", "accuracy", train=800, row_seconds=0.044, rates_of="sst2"),
@@ -296,22 +296,24 @@ def plan(study: Study, lines: Lines) -> Planned:
     waiting = 0
     for part, task, config in study.wanted():
         seeds = task.seeds[:1] if config.method == "none" else task.seeds
-        head_rate = tuner.rate(part, task, HEAD) if task.has_head and config != HEAD else None
-        known = config == HEAD or not task.has_head or head_rate is not None
-        rate = tuner.rate(part, task, config.tuned, head_rate) if known else None
+        rate = tuner.rate(part, task, config.tuned)
         if rate is None:
             waiting += len(seeds)
         else:
-            runs += [Run(part, task, config, "test", rate, seed, head_rate) for seed in seeds]
+            runs += [Run(part, task, config, "test", rate, seed, head_rate(task, config)) for seed in seeds]
     heads = [run for name in HEAD_TASKS for run in _heads(study.task(name), tuner)]
     return Planned(list({run.key: run for run in [*tuner.runs, *runs, *heads]}.values()), waiting)
 
 
+def head_rate(task: Task, config: Config) -> float | None:
+    """Of the head beside what is trained; None if there is none, or nothing else."""
+    return HEAD_RATE if task.has_head and config != HEAD else None
+
+
 def _heads(task: Task, tuner: _Tuner) -> list[Run]:
-    """What the rate of the head does; none until the rates are known beside which it is looked at."""
+    """What the rate of the head does; none until the rate is known beside which it is looked at."""
     main = tuner.study.main(task)
-    head_rate = tuner.rate("glue", task, HEAD)
-    rate = tuner.rate("glue", task, main, head_rate) if head_rate is not None else None
+    rate = tuner.rate("glue", task, main)
     return [Run("choices", task, main, "head", rate, TUNING_SEED, each) for each in HEAD_RATES if rate is not None]
 
 
@@ -324,37 +326,49 @@ class _Tuner:
     runs: list[Run] = field(default_factory=list)
     _rates: dict[tuple[str, Config], float | None] = field(default_factory=dict)
 
-    def rate(self, part: Part, task: Task, config: Config, head_rate: float | None = None) -> float | None:
+    def rate(self, part: Part, task: Task, config: Config) -> float | None:
         """The best of a configuration, for the part that asks; None as long as a run is to be made for it."""
         tuned_on = self.study.task(task.rates_of or task.name)
         key = (tuned_on.name, config)
         if key not in self._rates:
-            runs, self._rates[key] = tune(self.study, tuned_on, config, self.lines, part=part, head_rate=head_rate)
+            runs, self._rates[key] = tune(self.study, tuned_on, config, self.lines, part=part)
             self.runs += runs
         return self._rates[key]
 
 
-def tune(
-    study: Study, task: Task, config: Config, lines: Lines, *, part: Part, head_rate: float | None = None
-) -> tuple[list[Run], float | None]:
+def tune(study: Study, task: Task, config: Config, lines: Lines, *, part: Part) -> tuple[list[Run], float | None]:
     """The tuning runs of a configuration so far, and the best rate; None as long as one is to be made."""
     first = FIRST_RATES[config.method]
     if config.method == "none" or (study.tuned is not None and task.name not in study.tuned):
         return [], first
+
+    def at(rate: float) -> Run:
+        return Run(part, task, config, "tune", rate, TUNING_SEED, head_rate(task, config))
+
     low, high = -_FIRST_REACH, _FIRST_REACH
     while True:
-        rates = [rung(first, step) for step in range(low, high + 1)]
-        runs = [Run(part, task, config, "tune", rate, TUNING_SEED, head_rate) for rate in rates]
-        found = [lines.find(run.key) for run in runs]
-        if None in found:
+        runs = [at(rung(first, step)) for step in range(low, high + 1)]
+        best = _best(runs, lines, first)
+        if best is None:
             return runs, None
-        best = best_of(runs[0].metric, [line for line in found if line is not None], usual=-low)
         if best == 0 and low > -_LAST_REACH:
             low -= 1
         elif best == len(runs) - 1 and high < _LAST_REACH:
             high += 1
         else:
-            return runs, runs[best].learning_rate
+            break
+    gaps = range(max(best - 1, 0), min(best + 1, len(runs) - 1))
+    runs = sorted([*runs, *(at(between(runs[i].learning_rate)) for i in gaps)], key=lambda run: run.learning_rate)
+    best = _best(runs, lines, first)
+    return runs, None if best is None else runs[best].learning_rate
+
+
+def _best(runs: Sequence[Run], lines: Lines, usual: float) -> int | None:
+    """Place of the run with the best score; None if one has no line."""
+    found = [line for run in runs if (line := lines.find(run.key)) is not None]
+    if len(found) < len(runs):
+        return None
+    return best_of(runs[0].metric, found, usual=[run.learning_rate for run in runs].index(usual))
 
 
 def best_of(metric: str, lines: Sequence[Line], *, usual: int) -> int:
@@ -368,3 +382,9 @@ def rung(first: float, steps: int) -> float:
     exponent = math.floor(math.log10(first) + 1e-9)
     place = 2 * exponent + (first / 10**exponent > 2) + steps
     return float(f"{3 if place % 2 else 1}e{place // 2}")
+
+
+def between(low: float) -> float:
+    """The rate between a rung and the next: 2 between 1 and 3, 5 between 3 and 10."""
+    digit, exponent = f"{low:.0e}".split("e")
+    return float(f"{2 if digit == '1' else 5}e{exponent}")
