@@ -165,7 +165,7 @@ def test_a_task_without_a_tuning_takes_the_rates_of_another() -> None:
 
     runs = filled(faster).planned.runs
     rates = {run.task.name: run.learning_rate for run in runs if run.config.method == "lora" and run.purpose == "test"}
-    assert {name for name, rate in rates.items() if rate == 1e-2} == {"sst2", "mrpc", "cola", "rte"}
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {"sst2", "cola"}
     assert {run.task.name for run in runs if run.purpose == "tune" and run.task.part == "glue"} == {"sst2", "stsb"}
 
 
