@@ -5,7 +5,7 @@ Five methods beside full fine-tuning and a head alone on GLUE, E2E, chat and ima
 started again. ``python -m benchmarks.quality report`` writes ``docs/results.md``, ``docs/choosing.md`` and their plots
 from the lines that there are.
 
-About 450 runs. On two cores of an EPYC a tuning run of GLUE takes 25 to 65 seconds, and a final one 40 to 100: three
+About 430 runs. On two cores of an EPYC a tuning run of GLUE takes 25 to 65 seconds, and a final one 40 to 100: three
 hours for GLUE, the most of it; ``--list`` estimates the rest from the lines that there are.
 
 What it needs: the extra ``study``; ``glue/`` and ``e2e/`` beside the checkout or by ``--data``; Debian's package

@@ -82,7 +82,7 @@ def _what(results: Results) -> list[str]:
         f"{TUNING_SEED}, up and down 1, 3, 10, ... until the best has a worse one on each side or three steps are "
         "made, then between the best and its neighbours (2, 5); never on what is scored. Heads learn at "
         f"{rate(HEAD_RATE)} beside whatever is trained; a head alone is tuned. MRPC, CoLA and RTE have too few rows to "
-        "hold out enough of them: among a few hundred, chance moves a score by more than a rate does. For every method "
+        "hold out enough of them: among 300 the standard error of an accuracy of 70 is 2.6 points. For every method "
         "alike, CoLA takes the rates of SST-2, and MRPC and RTE, whose rows are pairs of texts, those of STS-B. AdamW, "
         "linear decay, warm-up over 6 % of the steps.",
         "Adapters are trained and served by the service's own code, over base models in float32, so that scores do not "

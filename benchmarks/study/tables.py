@@ -57,7 +57,8 @@ def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
         *average,
         number(some[0].trainable_parameters),
         number(max(each.stored_bytes for each in some)),
-        number(sum(seconds) / len(seconds), 2) if seconds else NOTHING,
+        # Of all tasks or none: their rows differ in length, and short ones take longer for each token.
+        number(sum(seconds) / len(seconds), 2) if len(seconds) == len(tasks) else NOTHING,
     ]
 
 

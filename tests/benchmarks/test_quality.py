@@ -125,7 +125,7 @@ def test_tuning_goes_on_until_the_best_rate_has_worse_ones_beside_it(
 ) -> None:
     monkeypatch.setitem(FIRST_RATES, "lora", 1e-3)
     study, lines = Study(), Lines()
-    task, config = study.task("rte"), Config("lora", 8, "q,v")
+    task, config = study.task("sst2"), Config("lora", 8, "q,v")
     rate: float | None = None
     while rate is None:
         runs, rate = tune(study, task, config, lines, part="glue")
@@ -184,7 +184,7 @@ def test_settings_of_the_reinitialisation_take_the_rate_of_the_default() -> None
 
 def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
     study, lines = Study(), Lines()
-    task, config = study.task("rte"), Config("lora", 8, "q,v")
+    task, config = study.task("sst2"), Config("lora", 8, "q,v")
     rate: float | None = None
     while rate is None:
         runs, rate = tune(study, task, config, lines, part="glue")
