@@ -107,9 +107,11 @@ def _make_all(session: Session, only: frozenset[str], *, limit_minutes: float | 
         if limit_minutes is not None and time.monotonic() - begun > 60 * limit_minutes:
             print(f"{limit_minutes:g} minutes are over; {len(planned.runs)} runs are left.")
             return
-        line = session.make(planned.runs[0])
-        session.lines.add(line)
-        print(f"{line.key}: {line.metric} {line.score:.2f}, {line.total_seconds:.0f} s, {line.hits} hits", flush=True)
+        for line in session.make(session.first_of(planned.runs)):
+            session.lines.add(line)
+            print(
+                f"{line.key}: {line.metric} {line.score:.2f}, {line.total_seconds:.0f} s, {line.hits} hits", flush=True
+            )
     if planned.waiting:
         print(f"{planned.waiting} runs wait for learning rates; make the tuning runs first: --only tune.")
 
@@ -140,7 +142,7 @@ def _again(session: Session, key: str) -> None:
     known = {run.key: run for run in plan(session.study, session.lines).runs}
     if key not in known:
         sys.exit(f"The plan has no run {key!r}. See benchmarks/results/quality.jsonl and --list.")
-    print(json.dumps(asdict(session.make(known[key]))))
+    print(json.dumps(asdict(*session.make([known[key]]))))
 
 
 def _smoke() -> None:

@@ -24,6 +24,7 @@ class Line:
         trainable_parameters: without the head's.
         stored_bytes: of the whole adapter, its head in it.
         seconds: of the training's steps, on this machine with so many threads: not to be compared with another's.
+        together: how many runs were trained in one training, which have each the same share of the seconds.
         tokens: trained, without padding, counted again in every epoch; 0 for images.
         hits: of the reinitialisation.
         command: makes this run again.
@@ -60,6 +61,7 @@ class Line:
     threads: int
     machine: str
     command: str
+    together: int = 1
 
 
 @dataclass

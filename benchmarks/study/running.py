@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +27,8 @@ from uora.serving.heads import Heads
 from uora.serving.sampling import Sampling
 from uora.spec import Task as Kind
 from uora.svd import BaseWeights
-from uora.training import Evaluation, StepMetrics, train
+from uora.training import Evaluation, StepMetrics, TrainingResult, train
+from uora.training.cotraining import Member, cotrain
 
 #: Answers that are written, and rows that are classified, at once.
 ANSWERS_AT_ONCE, ROWS_AT_ONCE = 24, 32
@@ -74,28 +76,34 @@ class Runner:
             return self._untrained(job)
         if job.config.method in ("full", "head"):
             return baselines.run(job, self.bases.get(job.task.base))
-        return self._adapter(job)
+        watch = Watch()
+        result = train(**vars(_member(job, watch)), **self._where(job))
+        return self._outcome(job, result, watch.seconds)
 
-    def _adapter(self, job: Job) -> Outcome:
-        base, watch = self.bases.get(job.task.base), Watch()
-        scored_by_loss = job.metric == "loss"
-        result = train(
-            job.training_spec(),
-            base=base,
-            training=dataset(job.split.train),
-            validation=dataset(job.split.test) if scored_by_loss else None,
-            observer=watch,
-            cache_dir=self.bases.places.cache,
-            dtype=DTYPE,
+    def run_together(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Train jobs of one `cotraining_key` in one training, each with its share of the seconds; score each."""
+        watches = [Watch() for _ in jobs]
+        results = cotrain(
+            [_member(job, watch) for job, watch in zip(jobs, watches, strict=True)], **self._where(jobs[0])
         )
+        seconds = max(watch.seconds for watch in watches) / len(jobs)
+        return [self._outcome(job, _made(result), seconds) for job, result in zip(jobs, results, strict=True)]
+
+    def _where(self, job: Job) -> _Where:
+        return {"base": self.bases.get(job.task.base), "cache_dir": self.bases.places.cache, "dtype": DTYPE}
+
+    def _outcome(self, job: Job, result: TrainingResult, seconds: float) -> Outcome:
         artifact = loads(result.artifact)
-        scores = {"loss": result.metrics["valid_loss"]} if scored_by_loss else self._score(job, base, artifact)
+        if job.metric == "loss":
+            scores = {"loss": result.metrics["valid_loss"]}
+        else:
+            scores = self._score(job, self.bases.get(job.task.base), artifact)
         return Outcome(
             scores=scores,
             trainable_parameters=artifact.manifest.trainable_parameters,
             head_parameters=artifact.manifest.head_parameters,
             stored_bytes=len(result.artifact),
-            seconds=watch.seconds,
+            seconds=seconds,
             tokens=result.trained_tokens,
             steps=result.steps,
             hits=result.hits,
@@ -126,6 +134,25 @@ class Runner:
         if base.name not in self._writers:
             self._writers[base.name] = _Writer(base, self.bases, self.max_answer_tokens)
         return self._writers[base.name]
+
+
+class _Where(TypedDict):
+    """What trainings of one base model share."""
+
+    base: LocalModel
+    cache_dir: Path
+    dtype: torch.dtype
+
+
+def _member(job: Job, watch: Watch) -> Member:
+    held_out = dataset(job.split.test) if job.metric == "loss" else None
+    return Member(job.training_spec(), dataset(job.split.train), held_out, watch)
+
+
+def _made(result: TrainingResult | Exception) -> TrainingResult:
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 @dataclass

@@ -7,17 +7,22 @@ import platform
 import shlex
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.study import data
 from benchmarks.study.bases import DTYPE
-from benchmarks.study.jobs import Job
+from benchmarks.study.jobs import Job, Outcome
 from benchmarks.study.lines import Line, Lines
 from benchmarks.study.plan import Planned, Run, Study, plan
 from benchmarks.study.running import Runner
+from uora.spec import METHODS, cotraining_key
+
+#: Runs in one training at most: the seeds of a final result, or the first rates of a ladder.
+TOGETHER = 3
 
 
 @dataclass
@@ -27,6 +32,8 @@ class Session:
     study: Study
     lines: Lines
     runner: Runner
+    #: Rows of a task, of the final runs and of the others.
+    _splits: dict[tuple[str, bool], data.Split] = field(default_factory=dict)
 
     def plan(self, only: frozenset[str]) -> Planned:
         """Runs without a line, of these parts or purposes; all if none is named."""
@@ -34,12 +41,27 @@ class Session:
         missing = [run for run in planned.runs if self.lines.find(run.key) is None]
         return Planned([run for run in missing if not only or only & {run.part, run.purpose}], planned.waiting)
 
-    def make(self, run: Run) -> Line:
-        """Run it."""
+    def first_of(self, runs: Sequence[Run]) -> list[Run]:
+        """The first, and those whose training it can share: of the same adapter with other seeds or other rates."""
+        first = runs[0]
+        if first.config.method not in METHODS or cotraining_key(self._job(first).training_spec()) is None:
+            return [first]
+        shared = (first.task, first.config, first.purpose)
+        return [run for run in runs if (run.task, run.config, run.purpose) == shared][:TOGETHER]
+
+    def make(self, runs: Sequence[Run]) -> list[Line]:
+        """Run one, or several together."""
         begun = time.perf_counter()
-        split = self._split(run)
-        job = Job(run.task, run.config, split, run.metric, run.learning_rate, run.size.epochs, run.seed, run.head_rate)
-        outcome = self.runner.run(job)
+        jobs = [self._job(run) for run in runs]
+        outcomes = [self.runner.run(jobs[0])] if len(jobs) == 1 else self.runner.run_together(jobs)
+        spent = (time.perf_counter() - begun) / len(runs)
+        return [self._line(*each, spent, len(runs)) for each in zip(runs, jobs, outcomes, strict=True)]
+
+    def _job(self, run: Run) -> Job:
+        split, size = self._split(run), run.size
+        return Job(run.task, run.config, split, run.metric, run.learning_rate, size.epochs, run.seed, run.head_rate)
+
+    def _line(self, run: Run, job: Job, outcome: Outcome, spent: float, together: int) -> Line:
         return Line(
             key=run.key,
             part=run.part,
@@ -55,8 +77,8 @@ class Session:
             head_learning_rate=run.head_rate,
             epochs=run.size.epochs,
             batch=run.task.batch,
-            rows=len(split.train),
-            test_rows=len(split.test),
+            rows=len(job.split.train),
+            test_rows=len(job.split.test),
             metric=run.metric,
             score=round(outcome.scores[run.metric], 4),
             scores={name: round(score, 4) for name, score in outcome.scores.items()},
@@ -64,7 +86,8 @@ class Session:
             head_parameters=outcome.head_parameters,
             stored_bytes=outcome.stored_bytes,
             seconds=round(outcome.seconds, 2),
-            total_seconds=round(time.perf_counter() - begun, 2),
+            total_seconds=round(spent, 2),
+            together=together,
             tokens=outcome.tokens,
             steps=outcome.steps,
             hits=outcome.hits,
@@ -75,10 +98,14 @@ class Session:
         )
 
     def _split(self, run: Run) -> data.Split:
-        places, size = self.runner.bases.places, run.size
-        if run.purpose == "test":
-            return data.final_split(run.task.name, places, train=size.train, test=size.test)
-        return data.tune_split(run.task.name, places, train=size.train, held_out=size.test or 0)
+        places, size, final = self.runner.bases.places, run.size, run.purpose == "test"
+        if (run.task.name, final) not in self._splits:
+            self._splits[run.task.name, final] = (
+                data.final_split(run.task.name, places, train=size.train, test=size.test)
+                if final
+                else data.tune_split(run.task.name, places, train=size.train, held_out=size.test or 0)
+            )
+        return self._splits[run.task.name, final]
 
 
 def estimated_seconds(run: Run, lines: Lines) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import choosing, data, findings, hits, report, tiny_data
+from benchmarks.study.bases import Bases
 from benchmarks.study.lines import Line, Lines
 from benchmarks.study.plan import (
     FIRST_RATES,
@@ -27,7 +28,9 @@ from benchmarks.study.plan import (
     tune,
 )
 from benchmarks.study.results import Mean, Results, compare, gain
+from benchmarks.study.running import Runner
 from benchmarks.study.scoring import score_labels, score_texts
+from benchmarks.study.session import Session
 from uora.data import CompletionRow, ImageRow, TextRow
 from worker.up import ROOT
 
@@ -191,6 +194,28 @@ def test_equal_rates_are_told_apart_by_what_is_usual() -> None:
         for run in runs:
             lines.add(line(run, 50.0))
     assert rate == FIRST_RATES["lora"]
+
+
+# --- the runs
+
+
+def test_runs_that_share_a_training_come_to_what_they_come_to_alone(tmp_path: Path) -> None:
+    """Rates of a ladder at once; a method that cannot share is trained alone."""
+    places = tiny_data.write(tmp_path)
+    study = Study.smoke()
+    task = replace(study.task("chitchat"), rates_of=None)
+    session = Session(study, Lines(), Runner(Bases(places, tiny_in=tmp_path)))
+    runs, _ = tune(Study((task,)), task, study.main(task), Lines(), part="chat")
+    assert session.first_of(runs) == runs
+    together = session.make(runs)
+    alone = [each for run in runs for each in session.make([run])]
+    assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-3)
+    assert {each.together for each in together} == {3}
+    assert {each.together for each in alone} == {1}
+    assert [each.key for each in together] == [run.key for run in runs]
+    assert len({each.score for each in together}) == 3
+    others, _ = tune(Study((task,)), task, Config("lora", 8, "all-linear"), Lines(), part="chat")
+    assert session.first_of(others) == others[:1]
 
 
 # --- lines

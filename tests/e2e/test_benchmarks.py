@@ -67,10 +67,10 @@ def test_costs_are_measured_and_foretold() -> None:
 def test_the_study_of_quality() -> None:
     """Every row of the study is run, and its report is whole."""
     result = smoke("quality")
-    study = Study.smoke()
-    finals = [run for run in plan(study, Lines()).runs if run.purpose == "test"]
-    waiting = len(study.configs(study.task("sst2")))
-    assert sum(count for part, count in result["runs"].items() if part.endswith(" test")) == len(finals) + waiting
+    planned = plan(Study.smoke(), Lines())
+    finals = [run for run in planned.runs if run.purpose == "test"]
+    made = sum(count for part, count in result["runs"].items() if part.endswith(" test"))
+    assert made == len(finals) + planned.waiting
     assert result["runs"].keys() == {*(f"{part} test" for part in PARTS), "glue tune"}
     assert {"docs/results.md", "docs/choosing.md", "docs/images/playground.svg"} <= set(result["pages"])
 
