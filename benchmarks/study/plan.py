@@ -150,7 +150,7 @@ REINITIALISATIONS: tuple[Settings, ...] = (
     (("tau_quantile", 0.02), ("reinit_interval", 10)),
 )
 REINIT_TASKS = ("rte", "mrpc", "cola", "e2e")
-CHOICE_TASKS = ("sst2", "cola")
+CHOICE_TASKS = ("sst2", "stsb")
 
 
 def _glue(
