@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,15 @@ def _predict(job: Job, model: PreTrainedModel, base: LocalModel, labels: Sequenc
         logits = model(**inputs.batch([item(row) for row in rows[start : start + _ROWS_AT_ONCE]])).logits
         # A regression's numbers are on the scale that they were learned on, which no correlation sees.
         yield from [labels[i] for i in logits.argmax(dim=-1).tolist()] if labels else logits.squeeze(-1).tolist()
+
+
+def commonest(job: Job) -> Scores:
+    """Of every row the commonest class of those to train on; of numbers their mean, which correlates with nothing."""
+    learned, expected = (
+        [cast(TextRow | ImageRow, row).label for row in rows] for rows in (job.split.train, job.split.test)
+    )
+    always = statistics.fmean(cast(list[float], learned)) if job.task.kind == "regression" else statistics.mode(learned)
+    return score_labels(job.metric, [always] * len(expected), expected)
 
 
 @torch.inference_mode()

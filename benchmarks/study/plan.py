@@ -137,6 +137,8 @@ FIRST_RATES = {
     "uora": 1e-1, "vera": 1e-1, "lora": 3e-3, "olora": 3e-3, "osora": 3e-2, "full": 1e-4, "head": 3e-2, "none": 1.0,
 }  # fmt: skip
 HEAD = Config("head")
+#: No training: a writer as it is; of classes always the commonest, of numbers their mean.
+NONE = Config("none")
 #: Of the head beside an adapter or all weights, and what else is tried beside the main adapter.
 HEAD_RATE, HEAD_RATES = 1e-2, (1e-3, 1e-2, 1e-1)
 HEAD_TASKS = ("sst2", "stsb")
@@ -255,10 +257,10 @@ class Study:
         """Rows of a task's main table."""
         if task.part == "e2e":
             compared = [Config(method, r, WRITER_TARGETS) for method in ("uora", "vera") for r in (8, 64, 256)]
-            return [Config("none"), Config("lora", 8, WRITER_TARGETS), *compared]
+            return [NONE, Config("lora", 8, WRITER_TARGETS), *compared]
         targets = WRITER_TARGETS if task.part == "chat" else GLUE_TARGETS
         five = [Config(method, DEFAULT_RANKS[method], targets) for method in METHODS]
-        return [*five, Config("none")] if task.part == "chat" else [*five, Config("full"), HEAD]
+        return [*five, NONE] if task.part == "chat" else [*five, Config("full"), HEAD, NONE]
 
     def wanted(self) -> list[tuple[Part, Task, Config]]:
         """Every configuration of every table, each under the part that asks for it first."""
@@ -297,7 +299,7 @@ def plan(study: Study, lines: Lines) -> Planned:
     runs: list[Run] = []
     waiting = 0
     for part, task, config in study.wanted():
-        seeds = task.seeds[:1] if config.method == "none" else task.seeds
+        seeds = task.seeds[:1] if config == NONE else task.seeds
         rate = tuner.rate(part, task, config.tuned)
         if rate is None:
             waiting += len(seeds)
@@ -308,8 +310,8 @@ def plan(study: Study, lines: Lines) -> Planned:
 
 
 def head_rate(task: Task, config: Config) -> float | None:
-    """Of the head beside what is trained; None if there is none, or nothing else."""
-    return HEAD_RATE if task.has_head and config != HEAD else None
+    """Of the head beside what is trained; None if there is none, or nothing else, or no training."""
+    return HEAD_RATE if task.has_head and config not in (HEAD, NONE) else None
 
 
 def _heads(task: Task, tuner: _Tuner) -> list[Run]:

@@ -110,7 +110,9 @@ class Runner:
         )
 
     def _untrained(self, job: Job) -> Outcome:
-        """The base model as it is."""
+        """The base model as it is; where a head would be random, what needs no model."""
+        if job.task.has_head:
+            return Outcome(scores=baselines.commonest(job))
         base = self.bases.get(job.task.base)
         if job.metric == "loss":
             scores = baselines.loss_of_base(job, base)

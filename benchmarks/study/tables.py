@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.study.lines import Line
 from benchmarks.study.markdown import NOTHING, number, rate, table
-from benchmarks.study.plan import CHOICE_TASKS, HEAD_RATES, HEAD_TASKS, Config, Part, Task
+from benchmarks.study.plan import CHOICE_TASKS, HEAD_RATES, HEAD_TASKS, NONE, Config, Part, Task
 from benchmarks.study.results import Result, Results
 from benchmarks.study.scoring import TITLES, lower_is_better
 
@@ -51,7 +51,7 @@ def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
     mean = results.average(tasks, config)
     average = [mean.text(1) if mean else NOTHING] if len(tasks) > 1 else []
     return [
-        _shown(config),
+        _shown(tasks[0], config),
         *(score_text(each) for each in found),
         *(some[0].other(name).text(2 if name == "nist" else 1) for name in _more(tasks)),
         *average,
@@ -62,10 +62,12 @@ def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
     ]
 
 
-_SHOWN = {"full": "full fine-tuning", "head": "head only", "none": "untrained"}
+_SHOWN = {"full": "full fine-tuning", "head": "head only"}
 
 
-def _shown(config: Config) -> str:
+def _shown(task: Task, config: Config) -> str:
+    if config == NONE:
+        return "commonest class" if task.has_head else "untrained"
     return _SHOWN.get(config.method, config.label)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.study.hits import sentence
 from benchmarks.study.markdown import NOTHING, points, ratio, table
-from benchmarks.study.plan import Config, Task
+from benchmarks.study.plan import NONE, Config, Task
 from benchmarks.study.results import Results, compare, gain
 from benchmarks.study.tables import complete, digits, named
 
@@ -15,7 +15,8 @@ AIM_POINTS, AIM_SHARE = 1.0, 12
 def in_short(results: Results) -> list[str]:
     """The aims, where UORA wins, ties and loses, and what the reinitialisation brings."""
     aims = [_glue_aim(results), _vera_aim(results), _e2e_aim(results)]
-    return ["\n".join(f"- {line}" for line in (*aims, _tally(results), sentence(results))), _versus(results)]
+    said = (*aims, _tally(results), *_unlearned(results), sentence(results))
+    return ["\n".join(f"- {line}" for line in said), _versus(results)]
 
 
 def _glue_aim(results: Results) -> str:
@@ -73,7 +74,7 @@ def _tally(results: Results) -> str:
     for task in results.study.tasks:
         for config in results.study.configs(task):
             verdict = _verdict(results, task, config)
-            if config.method != "none" and verdict is not None:
+            if config != NONE and verdict is not None:
                 counted[verdict] += 1
     if not sum(counted.values()):
         return "Wins, ties and losses: none can be told yet."
@@ -83,6 +84,27 @@ def _tally(results: Results) -> str:
         "counts where it is larger than both spreads over seeds together (the root of the sum of their squares); with "
         "three seeds about one in six pairs of equals differs by that rule, so read one win among many with care."
     )
+
+
+def _unlearned(results: Results) -> list[str]:
+    """Tasks of which nothing was learned: no row is above the commonest class by more than its spread."""
+    names = [task.title for task in results.study.tasks if task.has_head and not _learned(results, task)]
+    if not names:
+        return []
+    return [
+        f"{' and '.join(names)}: no row, full fine-tuning among them, is above always saying the commonest class by "
+        "more than its spread over seeds. With so few rows nothing is learned of it, so it does not tell methods apart."
+    ]
+
+
+def _learned(results: Results, task: Task) -> bool:
+    """Whether any row is above the commonest class; if that is not known yet, too."""
+    found = [results.complete(task, config) for config in results.study.configs(task)]
+    known = [each for each in found if each is not None]
+    floor = [each.mean.value for each in known if each.config == NONE]
+    if not floor or len(known) < len(found):
+        return True
+    return any(each.mean.value - (each.mean.spread or 0.0) > floor[0] for each in known if each.config != NONE)
 
 
 def _verdict(results: Results, task: Task, config: Config) -> str | None:
