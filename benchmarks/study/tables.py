@@ -51,7 +51,7 @@ def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
     mean = results.average(tasks, config)
     average = [mean.text(1) if mean else NOTHING] if len(tasks) > 1 else []
     return [
-        _shown(tasks[0], config),
+        shown(tasks[0], config),
         *(score_text(each) for each in found),
         *(some[0].other(name).text(2 if name == "nist" else 1) for name in _more(tasks)),
         *average,
@@ -65,7 +65,8 @@ def _row(results: Results, tasks: Sequence[Task], config: Config) -> list[str]:
 _SHOWN = {"full": "full fine-tuning", "head": "head only"}
 
 
-def _shown(task: Task, config: Config) -> str:
+def shown(task: Task, config: Config) -> str:
+    """A row's name."""
     if config == NONE:
         return "commonest class" if task.has_head else "untrained"
     return _SHOWN.get(config.method, config.label)

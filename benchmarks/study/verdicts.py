@@ -6,7 +6,8 @@ from benchmarks.study.hits import sentence
 from benchmarks.study.markdown import NOTHING, points, ratio, table
 from benchmarks.study.plan import NONE, Config, Task
 from benchmarks.study.results import Results, compare, gain
-from benchmarks.study.tables import complete, digits, named
+from benchmarks.study.tables import complete, digits, named, shown
+from uora.spec import METHODS
 
 #: What was aimed at: points of GLUE's average and of BLEU that UORA may lose to LoRA r=8, at what share of its numbers.
 AIM_POINTS, AIM_SHARE = 1.0, 12
@@ -87,24 +88,30 @@ def _tally(results: Results) -> str:
 
 
 def _unlearned(results: Results) -> list[str]:
-    """Tasks of which nothing was learned: no row is above the commonest class by more than its spread."""
-    names = [task.title for task in results.study.tasks if task.has_head and not _learned(results, task)]
-    if not names:
+    """Tasks of which no adapter learned anything: none is above the commonest class by more than its spread."""
+    said = []
+    for task in [task for task in results.study.tasks if task.has_head]:
+        above = _above_commonest(results, task)
+        if above is None or any(config.method in METHODS for config in above):
+            continue
+        others = f" (of the other rows: {', '.join(shown(task, config) for config in above)})" if above else ""
+        said.append(f"{task.title}{others}")
+    if not said:
         return []
     return [
-        f"{' and '.join(names)}: no row, full fine-tuning among them, is above always saying the commonest class by "
-        "more than its spread over seeds. With so few rows nothing is learned of it, so it does not tell methods apart."
+        "No adapter is above always saying the commonest class by more than its spread over seeds on "
+        f"{' and '.join(said)}. With so few rows nothing is learned there, and those columns do not tell methods apart."
     ]
 
 
-def _learned(results: Results, task: Task) -> bool:
-    """Whether any row is above the commonest class; if that is not known yet, too."""
-    found = [results.complete(task, config) for config in results.study.configs(task)]
-    known = [each for each in found if each is not None]
-    floor = [each.mean.value for each in known if each.config == NONE]
-    if not floor or len(known) < len(found):
-        return True
-    return any(each.mean.value - (each.mean.spread or 0.0) > floor[0] for each in known if each.config != NONE)
+def _above_commonest(results: Results, task: Task) -> list[Config] | None:
+    """Rows that are; None as long as one is missing."""
+    configs = results.study.configs(task)
+    found = {config: each.mean for config in configs if (each := results.complete(task, config)) is not None}
+    if len(found) < len(configs):
+        return None
+    floor = found.pop(NONE).value
+    return [config for config, mean in found.items() if mean.value - (mean.spread or 0.0) > floor]
 
 
 def _verdict(results: Results, task: Task, config: Config) -> str | None:
