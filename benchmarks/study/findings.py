@@ -88,7 +88,7 @@ def _what(results: Results) -> list[str]:
         "Adapters are trained and served by the service's own code, over base models in float32, so that scores do not "
         "depend on whether the processor computes in bfloat16. Scores are times 100, with the standard deviation over "
         "seeds. Trained numbers are without the head; stored bytes are with it, in float32. Seconds are those of "
-        "training steps. The seeds of an adapter that can share its passes (UORA, VeRA, OSoRA on E2E and chat) are "
+        "training steps. The seeds of an adapter that can share its passes (UORA and OSoRA on E2E and chat) are "
         "trained together, as the service trains small jobs, and each has the same share of the seconds.",
         f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}." if machines else "",
     ]
