@@ -343,7 +343,7 @@ class _Tuner:
 def tune(study: Study, task: Task, config: Config, lines: Lines, *, part: Part) -> tuple[list[Run], float | None]:
     """The tuning runs of a configuration so far, and the best rate; None as long as one is to be made."""
     first = FIRST_RATES[config.method]
-    if config.method == "none" or (study.tuned is not None and task.name not in study.tuned):
+    if config == NONE or (study.tuned is not None and task.name not in study.tuned):
         return [], first
 
     def at(rate: float) -> Run:

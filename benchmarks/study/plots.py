@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt  # after the choice of a backend without a 
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from benchmarks.study import hits
-from benchmarks.study.plan import Config, Part, Task
+from benchmarks.study.plan import NONE, Config, Part, Task
 from benchmarks.study.results import Results
 from benchmarks.study.scoring import TITLES
 from benchmarks.study.tables import PART_TITLES
@@ -66,7 +66,7 @@ def _playground(results: Results, axes: Sequence[Any]) -> None:
         panel.xaxis.set_minor_formatter(NullFormatter())
         for config in results.study.configs(tasks[0]):
             mean = results.average(tasks, config)
-            if mean is None or config.method == "none":
+            if mean is None or config == NONE:
                 continue
             found = [results.complete(task, config) for task in tasks]
             size = max(each.stored_bytes for each in found if each is not None)

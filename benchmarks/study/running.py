@@ -16,6 +16,7 @@ from benchmarks.study import baselines
 from benchmarks.study.bases import DTYPE, Bases
 from benchmarks.study.data import Split, dataset
 from benchmarks.study.jobs import Job, Outcome
+from benchmarks.study.plan import NONE
 from benchmarks.study.scoring import Scores, score_labels, score_texts
 from uora.artifact import Artifact, loads
 from uora.data import CompletionRow, ImageRow, Row, TextRow, prompt_ids
@@ -72,7 +73,7 @@ class Runner:
 
     def run(self, job: Job) -> Outcome:
         """Train and score."""
-        if job.config.method == "none":
+        if job.config == NONE:
             return self._untrained(job)
         if job.config.method in ("full", "head"):
             return baselines.run(job, self.bases.get(job.task.base))

@@ -1,4 +1,4 @@
-"""Making the runs that have no line yet, one after the other."""
+"""Making the runs that have no line yet: one after the other, or together where a training can be shared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.study import data
 from benchmarks.study.bases import DTYPE
 from benchmarks.study.jobs import Job, Outcome
 from benchmarks.study.lines import Line, Lines
-from benchmarks.study.plan import Planned, Run, Study, plan
+from benchmarks.study.plan import NONE, Planned, Run, Study, plan
 from benchmarks.study.running import Runner
 from uora.spec import METHODS, cotraining_key
 
@@ -50,7 +50,7 @@ class Session:
         return [run for run in runs if (run.task, run.config, run.purpose) == shared][:TOGETHER]
 
     def make(self, runs: Sequence[Run]) -> list[Line]:
-        """Run one, or several together."""
+        """Run one, or several of one training (`first_of`); their lines, in the same order."""
         begun = time.perf_counter()
         jobs = [self._job(run) for run in runs]
         outcomes = [self.runner.run(jobs[0])] if len(jobs) == 1 else self.runner.run_together(jobs)
@@ -113,7 +113,9 @@ def estimated_seconds(run: Run, lines: Lines) -> float:
     rows = run.size.train * run.size.epochs
     same_task = [line for line in lines.all() if line.task == run.task.name and line.tokens + line.steps]
     same = [line for line in same_task if line.method == run.config.method] or same_task
-    if not same or run.config.method == "none":
+    if run.config == NONE and run.task.has_head:
+        return 0.0
+    if not same or run.config == NONE:
         return run.task.row_seconds * rows
     return statistics.median(line.total_seconds / (line.rows * line.epochs) for line in same) * rows
 

@@ -214,7 +214,7 @@ def test_runs_that_share_a_training_come_to_what_they_come_to_alone(tmp_path: Pa
     """Rates of a ladder at once; a method that cannot share is trained alone."""
     places = tiny_data.write(tmp_path)
     study = Study.smoke()
-    task = replace(study.task("chitchat"), rates_of=None)
+    task = study.task("chitchat")
     session = Session(study, Lines(), Runner(Bases(places, tiny_in=tmp_path)))
     runs, _ = tune(Study((task,)), task, study.main(task), Lines(), part="chat")
     assert session.first_of(runs) == runs
