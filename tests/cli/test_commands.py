@@ -56,11 +56,12 @@ def listed(run: Run, *arguments: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_until(terminal: int, text: bytes) -> None:
-    """Wait for a terminal to show it."""
+def read_until(terminal: int, text: bytes) -> bytes:
+    """What a terminal shows until it shows this, and what came with it."""
     shown = b""
     while text not in shown:
         shown += os.read(terminal, 65536)
+    return shown
 
 
 class TestFiles:
@@ -199,17 +200,17 @@ class TestChat:
         process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         try:
-            for question in (b"first\n", b"second\n"):
-                read_until(ours, b"> ")
-                os.write(ours, question)
-                read_until(ours, b"Hello")
-            read_until(ours, b"> ")
-            os.write(ours, b"\x04")
+            # Only the prompt is awaited: one read can bring the answer and the prompt after it.
+            shown = b""
+            for typed in (b"first\n", b"second\n", b"\x04"):
+                shown += read_until(ours, b"> ")
+                os.write(ours, typed)
             assert process.wait(20) == 0
         finally:
             process.kill()
             process.wait()
             os.close(ours)
+        assert shown.count(b"Hello") == 2
         _, last = service.engine.requests
         assert [message["content"] for message in last["messages"]] == ["first", "Hello", "second"]
 
