@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from benchmarks.study import hits
 from benchmarks.study.findings import GENERATED, state
-from benchmarks.study.markdown import number, paragraphs, points, rate, table
-from benchmarks.study.plan import CHOICE_TASKS, Config, Part, Study, Task
+from benchmarks.study.markdown import NOTHING, number, paragraphs, points, rate, table
+from benchmarks.study.plan import CHOICE_TASKS, DEFAULT_RANKS, Config, Part, Study, Task
 from benchmarks.study.results import Mean, Result, Results, compare, gain
+from benchmarks.study.scoring import TITLES
 from benchmarks.study.tables import PART_TITLES, choices_table, digits, main_table
-from uora.spec import METHODS, UoraSpec
+from uora.spec import METHODS, UoraSpec, parse_adapter
 
 #: What the data of a part is like.
 _DATA: dict[Part, str] = {
@@ -84,7 +85,10 @@ def page(results: Results) -> str:
         _defaults(results),
         *_evidence(results),
         "## Learning rates",
-        "Tuned on a split of train, the higher curve is the better. A rate is taken from here if it is not given.",
+        "The best of each method on rows held out of train, and in brackets what the service's default loses against "
+        "it, where that was tried. A job that gives no `learning_rate` has the default.",
+        _rates_by_method(results),
+        "The whole curves, the higher the better:",
         *[f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)" for part in _DATA],
     )
 
@@ -174,6 +178,34 @@ def _uora_rates(results: Results, study: Study) -> str:
     return (
         f"best on held-out rows of train, at rank {UoraSpec().r}: {', '.join(found)}" if found else "not measured yet"
     )
+
+
+def _rates_by_method(results: Results) -> str:
+    """Default and best rates at the usual ranks, on every task that was tuned."""
+    tasks = [task for task in results.study.tasks if task.rates_of is None]
+    rows = [
+        [method, rate(_default_rate(method)), *(_best_rate(results, task, method) for task in tasks)]
+        for method in METHODS
+    ]
+    titles = [f"{task.title} ({TITLES[task.tuning_metric or task.metric]})" for task in tasks]
+    return table(["method", "default", *titles], rows)
+
+
+def _default_rate(method: str) -> float:
+    return parse_adapter({"method": method}).base_learning_rate
+
+
+def _best_rate(results: Results, task: Task, method: str) -> str:
+    configs = [each for each in results.study.configs(task) if (each.method, each.r) == (method, DEFAULT_RANKS[method])]
+    result = results.find(task, configs[0]) if configs else None
+    if result is None:
+        return NOTHING
+    scores = {line.learning_rate: Mean.of([line.score]) for line in results.tuning(task, result.config)}
+    default, best_rate = _default_rate(method), result.learning_rate
+    if default not in scores or default == best_rate or best_rate not in scores:
+        return rate(best_rate)
+    metric = task.tuning_metric or task.metric
+    return f"{rate(best_rate)} ({points(gain(metric, scores[default], scores[best_rate]), digits(metric))})"
 
 
 def _evidence(results: Results) -> list[str]:
