@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from benchmarks.study import hits
 from benchmarks.study.findings import GENERATED, state
 from benchmarks.study.markdown import NOTHING, number, paragraphs, points, rate, table
-from benchmarks.study.plan import CHOICE_TASKS, DEFAULT_RANKS, Config, Part, Study, Task
+from benchmarks.study.plan import DEFAULT_RANKS, TARGETS_TASKS, Config, Part, Study, Task
 from benchmarks.study.results import Mean, Result, Results, compare, gain
 from benchmarks.study.scoring import TITLES
-from benchmarks.study.tables import PART_TITLES, choices_table, digits, main_table
+from benchmarks.study.tables import PART_TITLES, digits, main_table, targets_table
 from uora.spec import METHODS, UoraSpec, parse_adapter
 
 #: What the data of a part is like.
@@ -88,7 +88,7 @@ def page(results: Results) -> str:
         "The best of each method on rows held out of train, and in brackets what the service's default loses against "
         "it, where that was tried. A job that gives no `learning_rate` has the default.",
         _rates_by_method(results),
-        "The whole curves, the higher the better:",
+        "The whole curves:",
         *[f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)" for part in _DATA],
     )
 
@@ -155,10 +155,8 @@ def _of_parts(results: Results, told: Callable[[Candidate], str]) -> str:
 
 def _targets(results: Results) -> str:
     """UORA at one rank on query and value, and on all linear layers."""
-    choices = results.study.choices()
-    wide = next(each for each in choices if (each.method, each.targets) == ("uora", "all-linear"))
-    narrow = Config(wide.method, wide.r, "q,v")
-    tasks = [task for task in results.study.tasks if task.name in CHOICE_TASKS]
+    tasks = [task for task in results.study.tasks if task.name in TARGETS_TASKS]
+    narrow, wide = results.study.main(tasks[0]), results.study.wide(tasks[0])
     means = [results.average(tasks, config) for config in (narrow, wide)]
     if means[0] is None or means[1] is None:
         return "not measured yet"
@@ -214,5 +212,5 @@ def _evidence(results: Results) -> list[str]:
     for part in _DATA:
         body = main_table(results, results.study.in_part(part))
         parts += [f"### {PART_TITLES[part]}", body] if body else []
-    choices = choices_table(results)
-    return [*parts, *(["### Ranks and targets", choices] if choices else [])]
+    targets = targets_table(results)
+    return [*parts, *(["### Targets", targets] if targets else [])]

@@ -8,7 +8,7 @@ from benchmarks.study.markdown import NOTHING, number, paragraphs, rate, table
 from benchmarks.study.plan import HEAD_RATE, PARTS, TUNING_SEED, Config, Part, Size, Study, Task
 from benchmarks.study.results import Results
 from benchmarks.study.scoring import TITLES
-from benchmarks.study.tables import PART_TITLES, choices_table, digits, heads_table, main_table
+from benchmarks.study.tables import PART_TITLES, digits, heads_table, main_table, targets_table
 from benchmarks.study.verdicts import in_short
 
 GENERATED = "<!-- Written by `python -m benchmarks.quality report` from benchmarks/results/quality.jsonl. -->"
@@ -29,7 +29,7 @@ def page(results: Results) -> str:
         *_part(results, "chat"),
         *_part(results, "images"),
         *hits.section(results),
-        *_choices(results),
+        *_targets(results),
         *_rates(results),
         *_again(),
     )
@@ -112,12 +112,12 @@ def _part(results: Results, part: Part) -> list[str]:
     return [title, body, missing, f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)"]
 
 
-# --- ranks, targets, rates
+# --- targets, rates
 
 
-def _choices(results: Results) -> list[str]:
-    body = choices_table(results)
-    return ["## Ranks and targets", body or "Not measured yet."]
+def _targets(results: Results) -> list[str]:
+    body = targets_table(results)
+    return ["## Targets", body or "Not measured yet."]
 
 
 def _rates(results: Results) -> list[str]:

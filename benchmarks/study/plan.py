@@ -20,8 +20,8 @@ from uora.spec import METHODS
 from uora.spec import Task as Kind
 
 ENCODER, WRITER, VISION = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct", "ViT-S-14"
-Part = Literal["glue", "e2e", "chat", "images", "reinit", "choices"]
-PARTS: tuple[Part, ...] = ("glue", "e2e", "chat", "images", "reinit", "choices")
+Part = Literal["glue", "e2e", "chat", "images", "reinit", "targets"]
+PARTS: tuple[Part, ...] = ("glue", "e2e", "chat", "images", "reinit", "targets")
 Purpose = Literal["tune", "head", "test"]
 Settings = tuple[tuple[str, str | int | float], ...]
 TUNING_SEED = 0
@@ -152,7 +152,7 @@ REINITIALISATIONS: tuple[Settings, ...] = (
     (("tau_quantile", 0.02), ("reinit_interval", 10)),
 )
 REINIT_TASKS = ("rte", "mrpc", "cola", "e2e")
-CHOICE_TASKS = ("sst2", "stsb")
+TARGETS_TASKS = ("sst2", "stsb")
 
 
 def _glue(
@@ -268,21 +268,17 @@ class Study:
         for task in [task for task in self.tasks if task.name in REINIT_TASKS]:
             main = self.main(task)
             found += [("reinit", task, replace(main, settings=settings)) for settings in REINITIALISATIONS]
-        for task in [task for task in self.tasks if task.name in CHOICE_TASKS]:
-            found += [("choices", task, config) for config in self.choices()]
+        for task in [task for task in self.tasks if task.name in TARGETS_TASKS]:
+            found.append(("targets", task, self.wide(task)))
         return found
 
     def main(self, task: Task) -> Config:
         """UORA as a task's main table has it at its usual rank."""
         return next(each for each in self.configs(task) if (each.method, each.r) == ("uora", DEFAULT_RANKS["uora"]))
 
-    def choices(self) -> list[Config]:
-        """What else a user may choose: other ranks, other targets."""
-        return [
-            Config("uora", 8, GLUE_TARGETS),
-            Config("uora", 256, GLUE_TARGETS),
-            Config("uora", 64, WRITER_TARGETS),
-        ]
+    def wide(self, task: Task) -> Config:
+        """The same on all linear layers."""
+        return replace(self.main(task), targets="all-linear")
 
 
 @dataclass(frozen=True)
@@ -318,7 +314,7 @@ def _heads(task: Task, tuner: _Tuner) -> list[Run]:
     """What the rate of the head does; none until the rate is known beside which it is looked at."""
     main = tuner.study.main(task)
     rate = tuner.rate("glue", task, main)
-    return [Run("choices", task, main, "head", rate, TUNING_SEED, each) for each in HEAD_RATES if rate is not None]
+    return [Run("glue", task, main, "head", rate, TUNING_SEED, each) for each in HEAD_RATES if rate is not None]
 
 
 @dataclass

@@ -50,7 +50,8 @@ def _save(path: Path, panels: int, fill: Callable[[Sequence[Any]], None]) -> Pat
             pair for panel in axes[0] for pair in zip(*panel.get_legend_handles_labels()[::-1], strict=True)
         )
         if labelled:
-            figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=min(8, len(labelled)))
+            columns = min(3 * panels, 8)  # as many as are surely not wider than the panels
+            figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=columns)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
     return path

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.study.lines import Line
 from benchmarks.study.markdown import NOTHING, number, rate, table
-from benchmarks.study.plan import CHOICE_TASKS, HEAD_RATES, HEAD_TASKS, NONE, Config, Part, Task
+from benchmarks.study.plan import HEAD_RATES, HEAD_TASKS, NONE, TARGETS_TASKS, Config, Part, Task
 from benchmarks.study.results import Result, Results
 from benchmarks.study.scoring import TITLES, lower_is_better
 
@@ -16,7 +16,7 @@ PART_TITLES: dict[Part, str] = {
     "chat": "Chat",
     "images": "Images",
     "reinit": "Reinitialisation",
-    "choices": "Ranks and targets",
+    "targets": "Targets",
 }
 
 
@@ -83,10 +83,10 @@ def digits(metric: str) -> int:
     return 3 if lower_is_better(metric) else 1
 
 
-def choices_table(results: Results) -> str:
-    """Other ranks and targets beside the main rows; empty if nothing is there."""
-    tasks = [task for task in results.study.tasks if task.name in CHOICE_TASKS]
-    configs = [results.study.main(tasks[0]), named(results, tasks[0], "lora"), *results.study.choices()]
+def targets_table(results: Results) -> str:
+    """All linear layers beside the rows of the main table that they compare with; empty if nothing is there."""
+    tasks = [task for task in results.study.tasks if task.name in TARGETS_TASKS]
+    configs = [results.study.main(tasks[0]), named(results, tasks[0], "lora"), results.study.wide(tasks[0])]
     rows = [
         [f"{config.label}, {config.targets}", *_row(results, tasks, config)[1:]]
         for config in configs

@@ -71,7 +71,7 @@ def test_the_study_of_quality() -> None:
     finals = [run for run in planned.runs if run.purpose == "test"]
     made = sum(count for part, count in result["runs"].items() if part.endswith(" test"))
     assert made == len(finals) + planned.waiting
-    assert result["runs"].keys() == {*(f"{part} test" for part in PARTS), "glue tune", "choices tune", "choices head"}
+    assert result["runs"].keys() == {*(f"{part} test" for part in PARTS), "glue tune", "targets tune", "glue head"}
     assert {"docs/results.md", "docs/choosing.md", "docs/images/playground.svg"} <= set(result["pages"])
 
 
