@@ -131,13 +131,13 @@ CASES: dict[str, Case] = {
 def spec_of(
     task: Task, method: MethodName, *, n_epochs: int = 5, batch_size: int = 6, **adapter: object
 ) -> TrainingSpec:
-    """A short run of a method at five times its own learning rate."""
+    """A short run of a method at its own learning rate."""
     chosen = parse_adapter({"method": method, "r": 4} | adapter)
     return TrainingSpec(
         adapter=chosen,
         task=task,
-        hyperparameters=Hyperparameters(n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=5.0),
-        learning_rate=5.0 * chosen.base_learning_rate,
+        hyperparameters=Hyperparameters(n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=1.0),
+        learning_rate=chosen.base_learning_rate,
         seed=0,
     )
 
