@@ -63,11 +63,16 @@ def best(found: Sequence[Candidate], metric: str) -> Candidate:
     return max(found, key=lambda each: gain(metric, each.mean, Mean(0.0, None)))
 
 
-def cheapest(found: Sequence[Candidate], metric: str) -> Candidate:
-    """The smallest that ties with the best, by the spread over seeds."""
+def as_good(found: Sequence[Candidate], metric: str) -> list[Candidate]:
+    """The best and what ties with it by the spread over seeds, the smallest first."""
     top = best(found, metric)
     good = [each for each in found if each is top or compare(metric, each.mean, top.mean) == "ties"]
-    return min(good, key=lambda each: each.stored_bytes)
+    return sorted(good, key=lambda each: each.stored_bytes)
+
+
+def cheapest(found: Sequence[Candidate], metric: str) -> Candidate:
+    """The smallest of those."""
+    return as_good(found, metric)[0]
 
 
 def page(results: Results) -> str:
@@ -94,16 +99,12 @@ def page(results: Results) -> str:
 
 
 def _choices(results: Results) -> str:
-    header = [
-        "your data is",
-        "smallest that is as good as the best",
-        "rate",
-        "stored bytes",
-        "best",
-        "its rate",
-        "its bytes",
-    ]
-    return table([*header, "difference"], [_choice(results, part) for part in _DATA], words=2)
+    header = ["your data is", "smallest that is as good as the best", "others that are, larger", "best"]
+    return table(
+        [*header, "rate", "stored bytes", "the best's", "difference"],
+        [_choice(results, part) for part in _DATA],
+        words=4,
+    )
 
 
 def _choice(results: Results, part: Part) -> list[str]:
@@ -111,22 +112,18 @@ def _choice(results: Results, part: Part) -> list[str]:
     found = candidates(results, part)
     if not found:
         return [_DATA[part], "not measured yet", *["-"] * 6]
-    small, top = cheapest(found, metric), best(found, metric)
-    places = digits(metric)
+    small, *others = as_good(found, metric)
+    top = best(found, metric)
     return [
-        f"{_DATA[part]} ({PART_TITLES[part]})",
-        f"**{_named(small.config)}**",
+        f"{_DATA[part]} ({PART_TITLES[part]}), {small.config.targets}",
+        f"**{small.config.label}**",
+        ", ".join(each.config.label for each in others) or "none",
+        top.config.label,
         small.rates,
         number(small.stored_bytes),
-        _named(top.config),
-        top.rates,
         number(top.stored_bytes),
-        points(gain(metric, small.mean, top.mean), places),
+        points(gain(metric, small.mean, top.mean), digits(metric)),
     ]
-
-
-def _named(config: Config) -> str:
-    return f"{config.method} r={config.r}, {config.targets}"
 
 
 def _defaults(results: Results) -> str:

@@ -126,7 +126,7 @@ def test_starts_as_the_base_model(case: Case) -> None:
 @each_case
 def test_training_lowers_the_loss_and_leaves_the_base_model(case: Case) -> None:
     model = new(case)
-    losses = fit(model, case, steps=5)
+    losses = fit(model, case, steps=15)
     assert losses[-1] < losses[0]
     untouched = dict(case.base().named_parameters())
     for name, weight in model.get_base_model().named_parameters():
