@@ -413,10 +413,20 @@ def test_the_smallest_that_ties_is_advised() -> None:
     tie = choosing.candidates(filled(by_method(lora=0.3)), "glue")
     assert choosing.best(tie, "accuracy").config.method == "lora"
     assert choosing.cheapest(tie, "accuracy").config.method == "uora"
+    assert [each.config.method for each in choosing.as_good(tie, "accuracy")] == [
+        "uora", "osora", "vera", "lora", "olora",
+    ]  # fmt: skip
     worse = choosing.candidates(filled(by_method(lora=9.0)), "glue")
     assert choosing.cheapest(worse, "accuracy").config.method == "lora"
     loss = choosing.candidates(filled(by_method(osora=9.0)), "chat")
     assert choosing.cheapest(loss, "loss").config.method == "osora"
+
+
+def test_a_default_is_told_with_what_it_loses() -> None:
+    """UORA's first rate, 0.1, is made the best; its default, 0.2, was tried beside it."""
+    row = next(line for line in choosing.page(filled(by_method())).splitlines() if line.startswith("| uora | 0.2 |"))
+    assert row.count("0.1 (-0.1)") == 3  # accuracy, correlation, accuracy
+    assert row.count("0.1 (-0.100)") == 2  # loss of E2E and chat
 
 
 # --- the pages
