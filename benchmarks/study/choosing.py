@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.study import hits
 from benchmarks.study.findings import GENERATED, state
@@ -91,7 +92,8 @@ def page(results: Results) -> str:
         *_evidence(results),
         "## Learning rates",
         "The best of each method on rows held out of train, and in brackets what the service's default loses against "
-        "it, where that was tried. A job that gives no `learning_rate` has the default.",
+        "it, where that was tried. A job that gives no `learning_rate` has the default, which is near the best and "
+        "keeps its distance from the rates with which training falls apart, at the right end of the curves.",
         _rates_by_method(results),
         "The whole curves:",
         *[f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)" for part in _DATA],
@@ -128,12 +130,12 @@ def _choice(results: Results, part: Part) -> list[str]:
 
 def _defaults(results: Results) -> str:
     """The defaults as the code has them, beside what was measured."""
-    spec, study = UoraSpec(), results.study
+    spec = UoraSpec()
     rows = [
         ["`method`", f"`{spec.method}`", _of_parts(results, lambda each: each.config.method)],
         ["`r`", f"{spec.r}", _of_parts(results, lambda each: f"{each.config.method} {each.config.r}")],
         ["`targets`", f"`{spec.targets}`", _targets(results)],
-        ["`learning_rate`", rate(spec.base_learning_rate), _uora_rates(results, study)],
+        ["`learning_rate`", rate(spec.base_learning_rate), _uora_rates(results)],
         ["`tau`", f"{spec.tau:g}", hits.sentence(results)],
     ]
     return table(["setting", "default", "what was measured"], rows, words=3)
@@ -164,23 +166,26 @@ def _targets(results: Results) -> str:
     )
 
 
-def _uora_rates(results: Results, study: Study) -> str:
-    found = []
-    for task in study.tasks:
-        result = results.find(task, study.main(task))
-        if result is not None:
-            found.append(f"{task.title} {rate(result.learning_rate)}")
-    return (
-        f"best on held-out rows of train, at rank {UoraSpec().r}: {', '.join(found)}" if found else "not measured yet"
-    )
+def _uora_rates(results: Results) -> str:
+    """The best of the default adapter, which is on all linear layers."""
+    study = results.study
+    found = [
+        f"{task.title} {rate(result.learning_rate)}"
+        for task in study.tasks
+        if task.rates_of is None and (result := results.find(task, study.wide(task))) is not None
+    ]
+    best_of = f"best on held-out rows of train: {', '.join(found)}; " if found else ""
+    return f"{best_of}[every method's](#learning-rates)"
 
 
 def _rates_by_method(results: Results) -> str:
     """Default and best rates at the usual ranks, on every task that was tuned."""
     tasks = [task for task in results.study.tasks if task.rates_of is None]
+    compared = [(method, method, partial(_usual, results.study, method)) for method in METHODS]
+    compared.append(("uora, all-linear", "uora", partial(Study.wide, results.study)))
     rows = [
-        [method, rate(_default_rate(method)), *(_best_rate(results, task, method) for task in tasks)]
-        for method in METHODS
+        [name, rate(_default_rate(method)), *(_best_rate(results, task, config_of(task)) for task in tasks)]
+        for name, method, config_of in compared
     ]
     titles = [f"{task.title} ({TITLES[task.tuning_metric or task.metric]})" for task in tasks]
     return table(["method", "default", *titles], rows)
@@ -190,14 +195,19 @@ def _default_rate(method: str) -> float:
     return parse_adapter({"method": method}).base_learning_rate
 
 
-def _best_rate(results: Results, task: Task, method: str) -> str:
-    configs = [each for each in results.study.configs(task) if (each.method, each.r) == (method, DEFAULT_RANKS[method])]
-    result = results.find(task, configs[0]) if configs else None
+def _usual(study: Study, method: str, task: Task) -> Config | None:
+    """A method as a task's main table has it at its usual rank."""
+    found = [each for each in study.configs(task) if (each.method, each.r) == (method, DEFAULT_RANKS[method])]
+    return found[0] if found else None
+
+
+def _best_rate(results: Results, task: Task, config: Config | None) -> str:
+    result = results.find(task, config) if config else None
     if result is None:
         return NOTHING
     scores = {line.learning_rate: Mean.of([line.score]) for line in results.tuning(task, result.config)}
-    default, best_rate = _default_rate(method), result.learning_rate
-    if default not in scores or default == best_rate or best_rate not in scores:
+    default, best_rate = _default_rate(result.config.method), result.learning_rate
+    if default not in scores or default == best_rate:
         return rate(best_rate)
     metric = task.tuning_metric or task.metric
     return f"{rate(best_rate)} ({points(gain(metric, scores[default], scores[best_rate]), digits(metric))})"

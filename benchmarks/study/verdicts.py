@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.study.hits import sentence
 from benchmarks.study.markdown import NOTHING, points, ratio, table
-from benchmarks.study.plan import NONE, Config, Task
+from benchmarks.study.plan import NONE, TARGETS_TASKS, Config, Task
 from benchmarks.study.results import Results, compare, gain
 from benchmarks.study.tables import complete, digits, named, shown
 from uora.spec import METHODS
@@ -16,7 +16,7 @@ AIM_POINTS, AIM_SHARE = 1.0, 12
 def in_short(results: Results) -> list[str]:
     """The aims, where UORA wins, ties and loses, and what the reinitialisation brings."""
     aims = [_glue_aim(results), _vera_aim(results), _e2e_aim(results)]
-    said = (*aims, _tally(results), *_unlearned(results), sentence(results))
+    said = (*aims, *_wide(results), _tally(results), *_unlearned(results), sentence(results))
     return ["\n".join(f"- {line}" for line in said), _versus(results)]
 
 
@@ -67,6 +67,22 @@ def _e2e_aim(results: Results) -> str:
         f"E2E: {uora.label} has {ours.mean.text(1)} BLEU, {lora.label} {theirs.mean.text(1)} ({points(-lost)}), with "
         f"1/{share} of the trained numbers. The aim, at most {AIM_POINTS:g} BLEU less: **{verdict}**."
     )
+
+
+def _wide(results: Results) -> list[str]:
+    """UORA where the service puts it by default, beside LoRA where the tables have it."""
+    tasks = [task for task in results.study.tasks if task.name in TARGETS_TASKS]
+    wide, lora = results.study.wide(tasks[0]), named(results, tasks[0], "lora")
+    ours, theirs = results.average(tasks, wide), results.average(tasks, lora)
+    if ours is None or theirs is None:
+        return []
+    numbers = [complete(results, tasks[0], config).trainable_parameters for config in (wide, lora)]
+    return [
+        f"{wide.label} on all linear layers, the service's default, has {ours.text(1)} on average of "
+        f"{' and '.join(task.title for task in tasks)} with {numbers[0]:,} numbers; {lora.label} on query and value "
+        f"{theirs.text(1)} with {numbers[1]:,} (UORA {compare(tasks[0].metric, ours, theirs)} by the spread over "
+        f"seeds). {lora.label} on all linear layers was not measured there."
+    ]
 
 
 def _tally(results: Results) -> str:

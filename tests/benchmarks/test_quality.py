@@ -423,10 +423,10 @@ def test_the_smallest_that_ties_is_advised() -> None:
 
 
 def test_a_default_is_told_with_what_it_loses() -> None:
-    """UORA's first rate, 0.1, is made the best; its default, 0.2, was tried beside it."""
-    row = next(line for line in choosing.page(filled(by_method())).splitlines() if line.startswith("| uora | 0.2 |"))
+    """VeRA's first rate, 0.1, is made the best; its default, 0.05, was tried beside it."""
+    row = next(line for line in choosing.page(filled(by_method())).splitlines() if line.startswith("| vera | 0.05 |"))
     assert row.count("0.1 (-0.1)") == 3  # accuracy, correlation, accuracy
-    assert row.count("0.1 (-0.100)") == 2  # loss of E2E and chat
+    assert row.count("0.1 (-0.050)") == 2  # loss of E2E and chat
 
 
 # --- the pages

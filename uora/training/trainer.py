@@ -50,8 +50,8 @@ MAX_EVALUATIONS = 10
 #: With a row longer than this, activations are recomputed in the backward pass instead of kept.
 MAX_KEPT_ROW_TOKENS = 2048
 #: Peak learning rate of a head with multiplier 1. Its weights are as those of any linear layer, whatever the method, so
-#: rates that suit a method's vectors, up to 50 times higher, would tear it apart.
-HEAD_LEARNING_RATE = 1e-3
+#: rates that suit a method's vectors, up to 10 times higher, would tear it apart. docs/results.md has others beside it.
+HEAD_LEARNING_RATE = 1e-2
 
 
 def train(
