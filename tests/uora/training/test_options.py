@@ -22,6 +22,7 @@ from uora.spec import TrainingOptions
 from uora.training import TrainingResult
 from uora.training.loss import LearnedTokenLoss
 from uora.training.tasks import training_task
+from uora.training.trainer import HEAD_LEARNING_RATE
 
 
 def tensors(result: TrainingResult) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def test_a_heads_learning_rate(base_of: BaseOf) -> None:
         return tensors(done.result)["head.classifier.bias"]
 
     np.testing.assert_allclose(np.abs(bias(0.25)), 0.25, rtol=1e-3)
-    np.testing.assert_allclose(np.abs(bias(None)), 5e-3, rtol=1e-2)  # five times the default
+    np.testing.assert_allclose(np.abs(bias(None)), HEAD_LEARNING_RATE, rtol=1e-2)
 
 
 @pytest.mark.parametrize("wanted", [True, False, "auto"])
