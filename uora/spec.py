@@ -34,8 +34,8 @@ class _Frozen(BaseModel):
 class _MethodSpec(_Frozen):
     """What every method has."""
 
-    #: Learning rate of multiplier 1: near the best in docs/choosing.md, and far enough from rates with which training
-    #: falls apart that twice this rate does not.
+    #: Learning rate of multiplier 1: between the best ones of docs/choosing.md, below those with which training falls
+    #: apart on any of its data.
     base_learning_rate: ClassVar[float]
 
     #: Rank.
@@ -106,7 +106,7 @@ class LoraSpec(_MethodSpec):
 class OloraSpec(_MethodSpec):
     """OLoRA (arXiv 2406.01775): LoRA that starts from the QR factors of the weight."""
 
-    base_learning_rate: ClassVar[float] = 0.001
+    base_learning_rate: ClassVar[float] = 0.0005
 
     method: Literal["olora"] = "olora"
     r: int = Field(default=8, ge=1, le=4096)

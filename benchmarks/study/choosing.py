@@ -92,8 +92,8 @@ def page(results: Results) -> str:
         *_evidence(results),
         "## Learning rates",
         "The best of each method on rows held out of train, and in brackets what the service's default loses against "
-        "it, where that was tried. A job that gives no `learning_rate` has the default, which is near the best and "
-        "keeps its distance from the rates with which training falls apart, at the right end of the curves.",
+        "it, where that was tried. A job that gives no `learning_rate` has the default, which is between the "
+        "best ones, below the rates with which training falls apart, at the right end of the curves.",
         _rates_by_method(results),
         "The whole curves:",
         *[f"![{PART_TITLES[part]}: score by learning rate](images/rates-{part}.svg)" for part in _DATA],

@@ -120,13 +120,16 @@ def test_a_heads_learning_rate(base_of: BaseOf) -> None:
     spec = spec_of("classification", "uora", n_epochs=1, batch_size=18)
     base, case = base_of(make_tiny_bert), CASES["classification"]
 
-    def bias(rate: float | None) -> Any:
+    def bias(rate: float | None, multiplier: float = 1.0) -> Any:
         options = TrainingOptions(head_learning_rate=rate)
-        done = run_case(spec.model_copy(update={"options": options}), base, case)
+        hyperparameters = spec.hyperparameters.model_copy(update={"learning_rate_multiplier": multiplier})
+        changed = spec.model_copy(update={"options": options, "hyperparameters": hyperparameters})
+        done = run_case(changed, base, case)
         return tensors(done.result)["head.classifier.bias"]
 
     np.testing.assert_allclose(np.abs(bias(0.25)), 0.25, rtol=1e-3)
     np.testing.assert_allclose(np.abs(bias(None)), HEAD_LEARNING_RATE, rtol=1e-2)
+    np.testing.assert_allclose(np.abs(bias(None, 5.0)), 5.0 * HEAD_LEARNING_RATE, rtol=1e-2)
 
 
 @pytest.mark.parametrize("wanted", [True, False, "auto"])
