@@ -72,8 +72,8 @@ def _what(results: Results) -> list[str]:
         for task in results.study.tasks
     ]
     header = ["data", "base model", "trained on", "scored", "batch", "seeds", "tuned on", "metric"]
-    machines = sorted({f"{line.machine}, {line.threads} threads, {line.dtype}" for line in results.lines.all()})
-    timed = "{}, {} threads".format(*results.clock) if machines else ""
+    machines = sorted({f"{_clock(line.machine, line.threads)}, {line.dtype}" for line in results.lines.all()})
+    timed = _clock(*results.clock) if machines else ""
     return [
         table(header, rows, words=len(header)),
         f"Subsets are the first rows of the official train set in the order of seed {SUBSET_SEED}; GLUE is scored on "
@@ -90,8 +90,15 @@ def _what(results: Results) -> list[str]:
         "seeds. Trained numbers are without the head; stored bytes are with it, in float32. Seconds are those of "
         "training steps. The seeds of an adapter that can share its passes (UORA and OSoRA on E2E and chat) are "
         "trained together, as the service trains small jobs, and each has the same share of the seconds.",
-        f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}." if machines else "",
+        f"Measured on: {'; '.join(machines)}. Seconds are those of {timed}; of the other runs only scores, sizes and "
+        "hits are used."
+        if machines
+        else "",
     ]
+
+
+def _clock(machine: str, threads: int) -> str:
+    return f"{machine}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _tuned(study: Study, task: Task) -> str:

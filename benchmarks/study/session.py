@@ -94,7 +94,7 @@ class Session:
             dtype=str(DTYPE).removeprefix("torch."),
             threads=torch.get_num_threads(),
             machine=machine(),
-            command=f"python -m benchmarks.quality --run {shlex.quote(run.key)}",
+            command=f"python -m benchmarks.quality --threads {torch.get_num_threads()} --run {shlex.quote(run.key)}",
         )
 
     def _split(self, run: Run) -> data.Split:
