@@ -97,16 +97,17 @@ def test_it_does_not_register_where_another_answers(any_service: Service, make: 
 
 
 def test_it_outlives_the_database(any_service: Service, make: Make) -> None:
-    make()
-    wait_until(lambda: rows(any_service), what="the row")
     with capture_logs() as logs:
+        make()
+        wait_until(lambda: logs, what="the row")  # of which it tells after it is committed
         rename(any_service, "engines", "away")
-        wait_until(lambda: logs, what="a message")
+        wait_until(lambda: len(logs) > 1, what="a message")
         time.sleep(5 * INTERVAL.total_seconds())
         before = heartbeat(any_service, "away")
         rename(any_service, "away", "engines")
-        wait_until(lambda: len(logs) > 1, what="the end of the outage")
-    assert [log["event"] for log in logs] == ["engine_not_registered", "engine_registered_again"]
+        wait_until(lambda: len(logs) > 2, what="the end of the outage")
+    events = [log["event"] for log in logs]
+    assert events == ["engine_registered", "engine_not_registered", "engine_registered_again"]
     wait_until(lambda: heartbeat(any_service, "engines") > before, what="a heartbeat")
 
 
