@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -91,22 +92,28 @@ def _cells(results: Results, task: Task, settings: Settings) -> list[str]:
 
 
 def sentence(results: Results) -> str:
-    """What hits bring, over all that was measured."""
+    """What hits bring, over all tasks that tell adapters apart."""
     trials = list(_trials(results))
     if not trials:
         return "The reinitialisation: not measured yet."
-    hit = [each for each in trials if each.result.hits.value > 0]
     usual = [each.result.hits.value for each in trials if each.result.config.settings == DEFAULT]
-    default = f"At the default tau a job has {sum(usual) / len(usual):.1f} hits. " if usual else ""
+    default = f"At the default tau a job has {statistics.fmean(usual):.1f} hits. " if usual else ""
+    silent = [task.title for task in tasks(results) if not results.tells(task)]
+    said = f" Not counted, since no adapter learns anything there: {' and '.join(silent)}." if silent else ""
+    hit = [each for each in trials if each.result.hits.value > 0 and results.tells(each.result.task)]
     if not hit:
-        return f"The reinitialisation: {default}No setting had a hit, so **it changes nothing**."
+        return f"The reinitialisation: {default}No setting had a hit, so **it changes nothing**.{said}"
+    return f"The reinitialisation: {default}{_counted(hit)}{said}"
+
+
+def _counted(hit: list[Trial]) -> str:
     better = [each.label for each in hit if each.verdict == "wins"]
     worse = [each.label for each in hit if each.verdict == "loses"]
-    mean = sum(each.gain for each in hit) / len(hit)
+    mean = statistics.fmean(each.gain for each in hit)
     named = f" Better: {', '.join(better) or 'none'}. Worse: {', '.join(worse) or 'none'}." if better or worse else ""
     verdict = "" if better else " **It brings nothing that the spread over seeds would not explain.**"
     return (
-        f"The reinitialisation: {default}Of {len(hit)} settings with hits, {len(better)} beat the control without it, "
+        f"Of {len(hit)} settings with hits, {len(better)} beat the control without it, "
         f"{len(hit) - len(better) - len(worse)} tie and {len(worse)} lose; on average {points(mean, 2)} "
         f"points.{named}{verdict}"
     )

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import Literal
 
 from benchmarks.study.lines import Line, Lines
-from benchmarks.study.plan import Config, Planned, Run, Study, Task, plan
+from benchmarks.study.plan import NONE, Config, Planned, Run, Study, Task, plan
 from benchmarks.study.scoring import lower_is_better
+from uora.spec import METHODS
 
 Verdict = Literal["wins", "ties", "loses"]
 
@@ -160,6 +161,23 @@ class Results:
         found = [self.complete(task, config) for task in tasks]
         means = [each.mean for each in found if each is not None]
         return Mean.over_tasks(means) if found and len(means) == len(found) else None
+
+    def above_commonest(self, task: Task) -> list[Config] | None:
+        """Rows of a main table that beat always saying the commonest class by more than their spread over seeds.
+
+        None where it is not known: a row is missing, or the task has no classes.
+        """
+        configs = self.study.configs(task)
+        found = {config: each.mean for config in configs if (each := self.complete(task, config)) is not None}
+        if not task.has_head or len(found) < len(configs):
+            return None
+        floor = found.pop(NONE).value
+        return [config for config, mean in found.items() if mean.value - (mean.spread or 0.0) > floor]
+
+    def tells(self, task: Task) -> bool:
+        """Whether its scores tell adapters apart: not so if all are known, and none is above the commonest class."""
+        above = self.above_commonest(task)
+        return above is None or any(config.method in METHODS for config in above)
 
     def tuning(self, task: Task, config: Config) -> list[Line]:
         """Of a configuration's learning rate, lowest first; those of the present plan."""

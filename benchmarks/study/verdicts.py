@@ -7,7 +7,6 @@ from benchmarks.study.markdown import NOTHING, points, ratio, table
 from benchmarks.study.plan import NONE, TARGETS_TASKS, Config, Task
 from benchmarks.study.results import Results, compare, gain
 from benchmarks.study.tables import complete, digits, named, shown
-from uora.spec import METHODS
 
 #: What was aimed at: points of GLUE's average and of BLEU that UORA may lose to LoRA r=8, at what share of its numbers.
 AIM_POINTS, AIM_SHARE = 1.0, 12
@@ -104,12 +103,12 @@ def _tally(results: Results) -> str:
 
 
 def _unlearned(results: Results) -> list[str]:
-    """Tasks of which no adapter learned anything: none is above the commonest class by more than its spread."""
+    """Tasks of which no adapter learned anything."""
     said = []
-    for task in [task for task in results.study.tasks if task.has_head]:
-        above = _above_commonest(results, task)
-        if above is None or any(config.method in METHODS for config in above):
+    for task in results.study.tasks:
+        if results.tells(task):
             continue
+        above = results.above_commonest(task)
         others = f" (of the other rows: {', '.join(shown(task, config) for config in above)})" if above else ""
         said.append(f"{task.title}{others}")
     if not said:
@@ -118,16 +117,6 @@ def _unlearned(results: Results) -> list[str]:
         "No adapter is above always saying the commonest class by more than its spread over seeds on "
         f"{' and '.join(said)}. With so few rows nothing is learned there, and those columns do not tell methods apart."
     ]
-
-
-def _above_commonest(results: Results, task: Task) -> list[Config] | None:
-    """Rows that are; None as long as one is missing."""
-    configs = results.study.configs(task)
-    found = {config: each.mean for config in configs if (each := results.complete(task, config)) is not None}
-    if len(found) < len(configs):
-        return None
-    floor = found.pop(NONE).value
-    return [config for config, mean in found.items() if mean.value - (mean.spread or 0.0) > floor]
 
 
 def _verdict(results: Results, task: Task, config: Config) -> str | None:

@@ -398,6 +398,17 @@ def test_what_the_reinitialisation_brings() -> None:
     assert "brings nothing" not in better
 
 
+def test_tasks_of_which_nothing_is_learned_say_nothing_of_the_reinitialisation() -> None:
+    plain = by_method()
+
+    def hard(run: Run) -> float:
+        return 60.0 if run.task.name == "rte" else plain(run)
+
+    usual, odd = (hits.sentence(filled(score)) for score in (plain, hard))
+    assert "Not counted" not in usual
+    assert odd.endswith("Not counted, since no adapter learns anything there: RTE.")
+
+
 def test_a_missing_seed_is_said_and_nothing_is_concluded() -> None:
     whole = filled(by_method())
     lacking = [each for each in whole.lines.all() if not (each.method == "lora" and each.seed == 2)]
