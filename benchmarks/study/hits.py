@@ -66,8 +66,8 @@ def section(results: Results) -> list[str]:
     header = ["setting", *(head for task in tasks(results) for head in (f"{task.title} hits", task.title))]
     explained = (
         "Hits are the mean of a job. Each cell has the score, and its difference from the control without "
-        "reinitialisation (`tau` 0, the first row) with what it amounts to by the spread over seeds. A job without "
-        "hits is the control, number by number."
+        "reinitialisation (`tau` 0, the first row) with what it amounts to by the spread over seeds. The settings "
+        "of a task share its control, so their differences are not independent. A job without hits is the control."
     )
     return [
         "## Reinitialisation",
