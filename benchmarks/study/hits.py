@@ -102,7 +102,7 @@ def sentence(results: Results) -> str:
     said = f" Not counted, since no adapter learns anything there: {' and '.join(silent)}." if silent else ""
     hit = [each for each in trials if each.result.hits.value > 0 and results.tells(each.result.task)]
     if not hit:
-        return f"The reinitialisation: {default}No setting had a hit, so **it changes nothing**.{said}"
+        return f"The reinitialisation: {default}No setting that counts had a hit, so **it changes nothing**.{said}"
     return f"The reinitialisation: {default}{_counted(hit)}{said}"
 
 

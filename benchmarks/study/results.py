@@ -165,7 +165,7 @@ class Results:
     def above_commonest(self, task: Task) -> list[Config] | None:
         """Rows of a main table that beat always saying the commonest class by more than their spread over seeds.
 
-        None where it is not known: a row is missing, or the task has no classes.
+        None where it is not known: a row is missing, or the task has no head.
         """
         configs = self.study.configs(task)
         found = {config: each.mean for config in configs if (each := self.complete(task, config)) is not None}
